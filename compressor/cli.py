@@ -1,0 +1,197 @@
+"""The commands. Heavy imports wait until a command runs, and this is the one place where errors become exit codes.
+
+Exit codes: 0 done; 1 a check failed; 2 the user can fix it. Data goes to stdout, talk to stderr.
+"""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compressor.errors import CheckFailed, UserError
+
+app = typer.Typer(
+    name="compressor",
+    help="Turn a large open-weight language model into a small one that fits a device, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+TARGET_HELP = "4b, 350m, 50%, 2GiB@int4, layers=16, hidden=3072,ffn=9216, or a published shape by name."
+WHAT_HELP = "A run folder, a model folder, a Hub id, or `demo`."
+
+Teacher = Annotated[str | None, typer.Option(metavar="MODEL", help="Hub id, folder, or `demo` (embedded). [default: meta-llama/Llama-3.1-8B]")]
+Target = Annotated[str | None, typer.Option(metavar="SIZE", help=TARGET_HELP)]
+Data = Annotated[str | None, typer.Option(metavar="DATA", help="Hub dataset id, JSONL, text or parquet file, a folder of them, or `demo`.")]
+RecipeFile = Annotated[str | None, typer.Option("--recipe", metavar="YAML", help="A YAML recipe, or the name of a shipped one.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the recipe: section.key=value.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _recipe_values(
+    teacher: str | None, target: str | None, data: str | None, recipe: str | None, settings: list[str] | None
+) -> dict[str, Any]:
+    """Nested values from the command line laid over the recipe file."""
+    from compressor.recipe import load_values, set_value
+
+    values: dict[str, Any] = load_values(recipe) if recipe else {}
+    for setting in settings or []:
+        set_value(values, setting)
+    for key, value in (("teacher", teacher), ("target", target), ("data.source", data)):
+        if value is not None:
+            set_value(values, f"{key}={json.dumps(value)}")
+    if "target" not in values:
+        raise UserError("no target; expected --target X, for example --target 50% or --target 4b")
+    return values
+
+
+@app.command()
+def plan(
+    teacher: Teacher = None,
+    target: Target = None,
+    data: Data = None,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """What would happen: shapes, bytes, memory, time. Needs only the teacher's config."""
+    from compressor import pipeline
+
+    from rich.console import Console
+
+    from compressor.plan import render
+
+    planned = pipeline.plan(_recipe_values(teacher, target, data, recipe, settings))
+    if as_json:
+        _print_json(planned.to_dict())
+    else:
+        render(planned, Console())
+
+
+@app.command()
+def distill(
+    teacher: Teacher = None,
+    target: Target = None,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/TEACHER-TARGET]")] = None,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prune the teacher to the target size, distill it back to health, judge it. Run it again to resume."""
+    if dry_run:
+        return plan(teacher, target, data, recipe, settings, as_json)
+    from compressor import pipeline
+
+    report = pipeline.distill(_recipe_values(teacher, target, data, recipe, settings), out=out, say=_say)
+    if as_json:
+        _print_json(report)
+    else:
+        print(report["files"]["html"])
+
+
+@app.command()
+def evaluate(
+    what: Annotated[str, typer.Argument(help=WHAT_HELP)],
+    against: Annotated[str | None, typer.Option(help="The teacher to compare with. [default: a run's own]")] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="instruction, rag, tools, roleplay, or a FILE.jsonl of tasks; repeatable.")
+    ] = None,
+    data: Data = None,
+    prompts: Annotated[int, typer.Option(help="Tasks per skill.", min=1)] = 100,
+    tokens: Annotated[int, typer.Option(help="Held-out tokens.", min=1)] = 100_000,
+    seed: Annotated[int, typer.Option(help="Which tasks of a suite are drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Judge a model: perplexity, agreement with its teacher, the four skills with confidence intervals."""
+    from compressor import pipeline
+
+    result = pipeline.evaluate(
+        what, against=against, suites=suite, data=data, prompts=prompts, tokens=tokens, seed=seed, say=_say
+    )
+    if as_json:
+        _print_json(result)
+    else:
+        from compressor.report import render_evaluation
+
+        render_evaluation(result)
+
+
+@app.command()
+def package(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    push: Annotated[str | None, typer.Option(help="Hub repository to push the student to (private when new).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the student's model card and checksums; push it to the Hub if asked."""
+    from compressor import pipeline
+
+    result = pipeline.package(run, push=push, say=_say)
+    if as_json:
+        _print_json(result)
+    else:
+        print(result["folder"])
+
+
+def main() -> None:
+    """The console script: runs a command and turns project errors into one line and an exit code."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    if debug:  # accepted anywhere on the line
+        arguments.remove("--debug")
+    sys.exit(run(arguments, debug=debug))
+
+
+def run(arguments: list[str], *, debug: bool = False) -> int:
+    """Run one command line and return its exit code; with `debug`, errors keep their traceback."""
+    try:
+        app(arguments, standalone_mode=False)
+    except (UserError, CheckFailed) as error:
+        if debug:
+            raise
+        _say(f"error: {' '.join(str(error).split())}")
+        return 2 if isinstance(error, UserError) else 1
+    except typer.TyperException as error:  # a mistake in the command line itself
+        _say(f"error: {' '.join(error.format_message().split())}; see compressor --help")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted; run the same command again to resume")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _say(f"error: {error.strerror}: {error.filename or 'the run folder'}; free space or choose another --out")
+        return 2
+    return 0
+
+
+def help_page() -> str:
+    """docs/commands.md: the help of every command, as the program prints it."""
+    group: Any = typer.main.get_command(app)
+    parts = ["# Commands", "Written by `make docs` from the program's own help; a test holds the two equal."]
+    for name, command in [("", group), *group.commands.items()]:
+        context = command.make_context(f"compressor {name}".strip(), [], terminal_width=100, resilient_parsing=True)
+        parts.append(f"## {context.info_name}\n\n```text\n{command.get_help(context)}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Offline distillation: the teacher's next-token distribution on real data, through one divergence, into `train`.
+
+Teacher and student read the same packed rows; their final hidden states at the target positions go to the fused
+loss (losses.py). The student must end better on held-out rows than it was found, or the result says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import load_model
+from .errors import UserError
+from .losses import fused_linear_divergence
+from .train import Batch, LossFunction, LossSum, hidden_states, targets, train
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """Held-out values are the distillation loss per target token; `best_folder` holds the weights to go on with."""
+
+    status: str  # "ok"; "worse": the end is worse than the start; "not_finite": a loss was NaN or infinite
+    first_heldout: float
+    last_heldout: float
+    best_heldout: float
+    tokens: int
+    steps: int
+    seconds: float
+    best_folder: Path  # the best checkpoint, or the folder that came in when none is better
+    history: list[dict[str, float]]
+
+    @property
+    def failed(self) -> bool:
+        """Whether the guard spoke."""
+        return self.status != "ok"
+
+    def describe(self) -> str:
+        """One line for a summary or an error."""
+        kept = f"kept {self.best_folder} (held-out loss {self.best_heldout:.4f})"
+        if self.status == "not_finite":
+            return f"the loss was not finite after {self.steps} steps; expected a finite one; {kept}; lower distill.lr"
+        change = f"held-out loss {self.first_heldout:.4f} -> {self.last_heldout:.4f} in {self.steps} steps"
+        if self.status == "worse":
+            return (
+                f"{change}: worse than before distillation; {kept}; lower distill.lr or raise distill.tokens"
+            )
+        return f"{change}; {kept}"
+
+
+def distill(
+    student_folder: Path,
+    *,
+    teacher: nn.Module,
+    batches: torch.utils.data.IterableDataset,
+    heldout: Sequence[Batch],
+    settings: Any,
+    folder: Path,
+    seed: int = 0,
+    vocab: int | None = None,
+    metrics: Path | None = None,
+    trust_remote_code: bool = False,
+) -> DistillResult:
+    """Distill the student in `student_folder` from `teacher` (frozen, see teacher.load); checkpoints go to `folder`.
+
+    `batches`, `heldout`, `metrics` and `settings` (a recipe.Distill) are as in `train.train`; `vocab` is the number of real ids
+    (default: the smaller of the two heads), so that padded ids take no part. Resumes by itself after a kill.
+    Weights in the checkpoints are float32. Raises UserError for input that cannot be distilled; a student that comes
+    out worse is no error here but the status of the result.
+    """
+    student = load_model(student_folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    for model in (teacher, student):
+        check_head(model)
+    result = train(
+        student,
+        loss=distillation_loss(teacher, settings=settings, vocab=vocab),
+        batches=batches,
+        heldout=heldout,
+        settings=settings,
+        folder=folder,
+        metrics=metrics,
+        seed=seed,
+    )
+    return DistillResult(
+        status=result.status,
+        first_heldout=result.first_heldout,
+        last_heldout=result.last_heldout,
+        best_heldout=result.best_heldout,
+        tokens=result.tokens,
+        steps=result.steps,
+        seconds=result.seconds,
+        best_folder=result.best_folder or student_folder,
+        history=result.history,
+    )
+
+
+def distillation_loss(teacher: nn.Module, *, settings: Any, vocab: int | None = None) -> LossFunction:
+    """The loss function for `train`: divergence to `teacher`, and cross-entropy where settings.ce_weight asks for it."""
+
+    def loss(student: nn.Module, batch: Batch) -> LossSum:
+        counted_BT = targets(batch)
+        with torch.no_grad():
+            teacher_NE = _predicting(teacher, batch, counted_BT)
+        parts = fused_linear_divergence(
+            _predicting(student, batch, counted_BT),
+            head_weight(student),
+            teacher_NE,
+            head_weight(teacher),
+            labels_N=batch["labels"][:, 1:][counted_BT],
+            temperature=settings.temperature,
+            ce_weight=settings.ce_weight,
+            vocab=vocab,
+            chunk_tokens=settings.chunk_tokens,
+        )
+        assert parts.ce is not None
+        return LossSum(parts.loss, {"kl": parts.kl, "ce": parts.ce})
+
+    return loss
+
+
+def _predicting(model: nn.Module, batch: Batch, counted_BT: Tensor) -> Tensor:
+    """Hidden states of the positions that predict a counted target, (N, width)."""
+    return hidden_states(model, batch)[:, :-1][counted_BT]
+
+
+def head_weight(model: nn.Module) -> Tensor:
+    """The lm_head's weight (vocab, hidden); the embedding's own parameter where they are tied."""
+    head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue] - every causal LM of transformers has it
+    return head.weight
+
+
+def check_head(model: nn.Module) -> None:
+    """Raise UserError unless the model's logits are its final hidden states times its head and nothing more.
+
+    A bias, a scale or a cap on the logits would be lost in the fused loss, without any sign of it.
+    """
+    device = head_weight(model).device
+    batch = {"input_ids": torch.tensor([[0, 1, 2, 3]], device=device)}
+    with torch.no_grad():
+        expected = model(batch["input_ids"], use_cache=False).logits.float()
+        found = (hidden_states(model, batch) @ head_weight(model).t()).float()
+    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the lm_head; expected hidden states times the head; "
+            "distill a model without a head bias, logit scale or soft cap"
+        )

@@ -1,0 +1,251 @@
+"""Divergences between teacher and student, fused with their lm_heads: no tokens x vocabulary tensor is ever whole.
+
+Hidden states of both models go through their heads a few rows at a time. For each chunk the gradient with
+respect to the student's logits is formed in place in the forward pass and folded at once into the gradients of
+the student's hidden states and head, so memory is a few chunk x vocabulary buffers, reused for every chunk.
+Objective (Hinton et al. 2015; Minitron trains on the first term alone):
+    sum over rows of  (1 - ce_weight) * tau^2 * D(softmax(z_T / tau), softmax(z_S / tau)) + ce_weight * CE(z_S, label)
+Shape suffixes: N rows, C rows of a chunk, D student width, E teacher width, V shared real ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from compressor.errors import UserError
+
+# Rows of the head whose gradient is widened to float32 at a time when products are made in half precision.
+HEAD_ROWS = 8192
+
+
+class LossParts(NamedTuple):
+    """Sums over rows. Only `loss` carries gradients."""
+
+    loss: Tensor
+    kl: Tensor  # the divergence alone, times temperature^2
+    ce: Tensor | None  # cross-entropy at temperature 1; None without labels
+
+
+def forward_kl(log_q_CV: Tensor, log_p_CV: Tensor, scratch_CV: Tensor) -> Tensor:
+    """KL(p || q) = sum p (log p - log q) per row; p is the teacher, q the student; d/dz = q - p."""
+    torch.sub(log_p_CV, log_q_CV, out=scratch_CV)
+    p_CV = log_p_CV.exp_()
+    rows_C = scratch_CV.mul_(p_CV).sum(-1)
+    log_q_CV.exp_().sub_(p_CV)
+    return rows_C
+
+
+# A divergence takes the log-probabilities of student and teacher and a scratch buffer, all (C, V) and all its own
+# to overwrite. It returns the loss of each row (C,) and leaves dL/dz, z being the student's logits (already
+# divided by the temperature), in the first buffer.
+Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
+DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl}
+
+
+def fused_linear_divergence(
+    student_ND: Tensor,
+    student_head_VD: Tensor,
+    teacher_NE: Tensor,
+    teacher_head_WE: Tensor,
+    *,
+    labels_N: Tensor | None = None,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    vocab: int | None = None,
+    chunk_tokens: int = 128,
+) -> LossParts:
+    """Sum of the distillation loss over N rows, with gradients for `student_ND` and `student_head_VD` only.
+
+    Rows are those that count: the caller drops padding and masked targets first (N = 0 gives zero). Heads may have
+    more rows than there are real ids, and not equally many; `vocab` (default: the smaller head) ids are shared, the
+    rest is left out of both softmaxes. Labels are ids below `vocab`. Softmax, divergence and sums are float32 (float64
+    for float64 inputs); matrix products use the inputs' precision, or autocast's where it is on.
+
+    Raises UserError for an unknown divergence and for settings outside their range.
+    """
+    if divergence not in DIVERGENCES:
+        raise UserError(
+            f"unknown divergence {divergence!r}; expected one of {', '.join(DIVERGENCES)}; choose one of those"
+        )
+    if not temperature > 0:
+        raise UserError(f"temperature is {temperature}; expected more than 0; 1.0 is the usual choice")
+    if not 0 <= ce_weight <= 1:
+        raise UserError(f"ce_weight is {ce_weight}; expected 0 (teacher only) to 1 (labels only)")
+    smaller = min(len(student_head_VD), len(teacher_head_WE))
+    vocab = smaller if vocab is None else vocab
+    if not 0 < vocab <= smaller:
+        raise UserError(
+            f"vocab is {vocab}, the heads have {len(student_head_VD)} and {len(teacher_head_WE)} rows; "
+            f"expected 1 to {smaller}; pass the number of ids that both models know"
+        )
+    if ce_weight > 0 and labels_N is None:
+        raise UserError("ce_weight is above 0 but there are no labels; pass labels or set ce_weight to 0")
+    device = student_ND.device.type
+    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    options = _Options(
+        DIVERGENCES[divergence], float(temperature), float(ce_weight), vocab, chunk_tokens, product
+    )
+    loss, kl, ce = _FusedLinearDivergence.apply(
+        student_ND, student_head_VD, teacher_NE.detach(), teacher_head_WE.detach(), labels_N, options
+    )
+    return LossParts(loss, kl, None if labels_N is None else ce)
+
+
+class _Options(NamedTuple):
+    divergence: Divergence
+    temperature: float
+    ce_weight: float
+    vocab: int
+    chunk_tokens: int
+    product: torch.dtype | None  # precision of the matrix products; None: that of each model's own tensors
+
+
+class _FusedLinearDivergence(torch.autograd.Function):
+    """Forward forms the gradients; backward only scales them by the gradient that arrives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_ND: Tensor,
+        student_head_VD: Tensor,
+        teacher_NE: Tensor,
+        teacher_head_WE: Tensor,
+        labels_N: Tensor | None,
+        options: _Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        # Autocast is already resolved in options.product; inside, it would round the float32 steps as well.
+        autocast_off = (
+            torch.autocast(student_ND.device.type, enabled=False)
+            if options.product
+            else contextlib.nullcontext()
+        )
+        with autocast_off:
+            sums, ctx.grad_hidden_ND, ctx.grad_head_VD = _chunks(
+                student_ND,
+                student_head_VD,
+                teacher_NE,
+                teacher_head_WE,
+                labels_N,
+                options,
+                need_hidden,
+                need_head,
+            )
+        ctx.spent = False
+        ctx.mark_non_differentiable(sums[1], sums[2])
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "the fused loss scales its gradients in place, so it can be backpropagated only once"
+            )
+        ctx.spent = True
+        grads = [ctx.grad_hidden_ND, ctx.grad_head_VD]
+        # Our references go, so that autograd can take the buffers over as .grad without a copy.
+        ctx.grad_hidden_ND = ctx.grad_head_VD = None
+        for grad in grads:
+            if grad is not None:
+                grad.mul_(grad_loss)
+        return grads.pop(0), grads.pop(0), None, None, None, None
+
+
+def _chunks(
+    student_ND: Tensor,
+    student_head_VD: Tensor,
+    teacher_NE: Tensor,
+    teacher_head_WE: Tensor,
+    labels_N: Tensor | None,
+    options: _Options,
+    need_hidden: bool,
+    need_head: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor | None]:
+    """The loop over chunks: (loss, kl, ce) sums and the gradients of the student's hidden states and head."""
+    divergence, tau, ce_weight, vocab, chunk_tokens, product = options
+    num_rows = len(student_ND)
+    wide = torch.promote_types(torch.promote_types(student_ND.dtype, student_head_VD.dtype), torch.float32)
+    student_dtype = product or student_head_VD.dtype
+    teacher_dtype = product or teacher_head_WE.dtype
+    head_VD = student_head_VD[:vocab].to(student_dtype)
+    teacher_head_VE = teacher_head_WE[:vocab].to(teacher_dtype)
+
+    def buffer(dtype: torch.dtype = wide) -> Tensor:
+        return torch.empty(min(chunk_tokens, num_rows), vocab, dtype=dtype, device=student_ND.device)
+
+    log_q, log_p, scratch = buffer(), buffer(), buffer()
+    ce_grad = buffer() if ce_weight > 0 else None
+    narrow = {dtype: buffer(dtype) for dtype in {student_dtype, teacher_dtype} - {wide}}
+    grad_hidden_ND = torch.zeros_like(student_ND) if need_hidden else None
+    # Sums over many chunks need float32 even where the head itself is kept in less.
+    grad_head_VD = torch.zeros_like(student_head_VD, dtype=wide) if need_head else None
+    kl_N = torch.zeros(num_rows, dtype=wide, device=student_ND.device)
+    ce_N = torch.zeros_like(kl_N)
+
+    for start in range(0, num_rows, chunk_tokens):
+        rows = slice(start, min(start + chunk_tokens, num_rows))
+        size = rows.stop - start
+        log_q_CV, log_p_CV, scratch_CV = log_q[:size], log_p[:size], scratch[:size]
+        hidden_CD = student_ND[rows].to(student_dtype)
+
+        _logits(hidden_CD, head_VD, scratch_CV, narrow)
+        if labels_N is not None:
+            labels_C1 = labels_N[rows, None]
+            torch.log_softmax(scratch_CV, -1, out=log_q_CV)
+            ce_N[rows] = -log_q_CV.gather(1, labels_C1).squeeze(1)
+            if ce_grad is not None:
+                torch.exp(log_q_CV, out=ce_grad[:size])
+                ce_grad[:size].scatter_add_(1, labels_C1, ce_N.new_full((size, 1), -1.0))
+        if labels_N is None or tau != 1:
+            torch.log_softmax(scratch_CV.div_(tau), -1, out=log_q_CV)
+        _logits(teacher_NE[rows].to(teacher_dtype), teacher_head_VE, scratch_CV, narrow)
+        torch.log_softmax(scratch_CV.div_(tau), -1, out=log_p_CV)
+
+        kl_N[rows] = divergence(log_q_CV, log_p_CV, scratch_CV)
+        grad_logits_CV = log_q_CV
+        if not (need_hidden or need_head):
+            continue
+        # tau^2 of the loss, 1/tau from z -> z / tau.
+        grad_logits_CV.mul_((1 - ce_weight) * tau)
+        if ce_grad is not None:
+            grad_logits_CV.add_(ce_grad[:size], alpha=ce_weight)
+        if student_dtype != wide:
+            grad_logits_CV = narrow[student_dtype][:size].copy_(grad_logits_CV)
+        if grad_hidden_ND is not None:
+            grad_hidden_ND[rows] = grad_logits_CV @ head_VD
+        if grad_head_VD is not None:
+            _add_head_gradient(grad_head_VD[:vocab], grad_logits_CV, hidden_CD)
+
+    kl = kl_N.sum() * tau**2
+    ce = ce_N.sum()
+    loss = kl * (1 - ce_weight) + ce * ce_weight
+    grad_head_VD = None if grad_head_VD is None else grad_head_VD.to(student_head_VD.dtype)
+    return (loss, kl, ce), grad_hidden_ND, grad_head_VD
+
+
+def _logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor, narrow: dict[torch.dtype, Tensor]) -> None:
+    """hidden @ head^T into `out_CV`, by way of a half-precision buffer where the product is made in that."""
+    if hidden_CD.dtype == out_CV.dtype:
+        torch.mm(hidden_CD, head_VD.t(), out=out_CV)
+    else:
+        logits_CV = narrow[hidden_CD.dtype][: len(out_CV)]
+        torch.mm(hidden_CD, head_VD.t(), out=logits_CV)
+        out_CV.copy_(logits_CV)
+
+
+def _add_head_gradient(grad_head_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor) -> None:
+    """grad_head += grad_logits^T @ hidden, accumulated in the precision of `grad_head_VD`."""
+    if grad_logits_CV.dtype == grad_head_VD.dtype:
+        grad_head_VD.addmm_(grad_logits_CV.t(), hidden_CD)
+        return
+    for first in range(0, len(grad_head_VD), HEAD_ROWS):
+        ids = slice(first, first + HEAD_ROWS)
+        grad_head_VD[ids].add_(grad_logits_CV[:, ids].t() @ hidden_CD)

@@ -1,0 +1,403 @@
+"""The story: from a checkpoint and a target to a healthy smaller student. Read this first.
+
+Each stage loads what it needs from the run folder, calls one room of the house, saves, and is marked done; a stage
+that is marked is never run again, so running the same command again resumes. The rooms know nothing of each other:
+they meet here, through values and files.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor import recipe as recipes
+from compressor.architecture import choose, parse_target
+from compressor.errors import CheckFailed, UserError
+from compressor.progress import progress
+from compressor.run import Run, read_json, staged, write_json, write_text
+from compressor.shape import Shape
+
+if TYPE_CHECKING:
+    from compressor.checkpoint import Checkpoint
+    from compressor.plan import Plan
+    from compressor.recipe import Recipe
+
+Say = Callable[[str], None]
+
+
+def _quiet(message: str) -> None:
+    """Say nothing: what a notebook gets unless it passes print."""
+
+
+@dataclass
+class Job:
+    """What every stage of one run is handed: the folder, the recipe, the teacher and the shape to reach."""
+
+    run: Run
+    recipe: Recipe
+    teacher: Checkpoint
+    shape: Shape
+    say: Say
+    source: str  # of the data
+    facts: dict[str, Any] = field(default_factory=dict)  # what the current stage wants noted with its mark
+
+    @property
+    def tokenizer(self) -> Any:
+        from compressor.checkpoint import load_tokenizer
+
+        return load_tokenizer(self.teacher.folder, trust_remote_code=self.recipe.trust_remote_code)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """How this run reads its data, for every function of compressor.data."""
+        section = self.recipe.data
+        return {"split": section.split, "fraction": section.heldout_fraction, "seed": self.recipe.seed}
+
+
+# --- the stages, in order -------------------------------------------------------------------------------------------
+
+
+def importance(job: Job) -> str:
+    """Score every layer, channel, neuron and head of the teacher by forward passes over calibration rows."""
+    from compressor import importance, teacher
+    from compressor.data import calibration_batches, records
+    from compressor.scores import Scores
+
+    settings = job.recipe.importance
+    removed = job.teacher.shape.num_layers - job.shape.num_layers
+    if settings.scores:
+        scores = Scores.load(settings.scores)
+        if scores.teacher != job.teacher.fingerprint():
+            raise UserError(
+                f"{settings.scores} was measured on another teacher; expected scores of {job.recipe.teacher}; "
+                "unset importance.scores to measure them"
+            )
+        scores.save(job.run.scores)
+        return f"reused {settings.scores}"
+
+    def rows(samples: int) -> Any:
+        stream = records(job.source, part="train", **job.data)
+        sizes = {"context": job.recipe.data.context, "batch_size": settings.batch_size}
+        return calibration_batches(stream, job.tokenizer, samples=samples, **sizes)
+
+    model = teacher.load(job.teacher.folder, trust_remote_code=job.recipe.trust_remote_code)
+    by_influence = removed and settings.depth == "block_influence"
+    with progress("importance", total=settings.samples, unit="rows") as advance:
+        scores = importance.measure(
+            model,  # pyright: ignore[reportArgumentType] - a causal LM of transformers
+            rows(settings.samples),
+            batch=settings.batch,
+            sequence=settings.sequence,
+            block_sizes=(removed,) if by_influence else (),
+            teacher=job.teacher.fingerprint(),
+            progress=advance,
+        )
+    if removed and settings.depth == "perplexity":
+        blocks = importance.candidate_blocks(job.teacher.shape.num_layers, removed)
+        batches = -(-settings.depth_samples // settings.batch_size)
+        with progress("layers", total=batches * len(blocks), unit="passes") as advance:
+            scores.removal = importance.removal_loss(model, rows(settings.depth_samples), blocks, progress=advance)  # pyright: ignore[reportArgumentType]
+    scores.save(job.run.scores)
+    job.run.note(fingerprints={"teacher": scores.teacher, "calibration": scores.calibration})
+    return f"{scores.about['rows']} rows, {int(scores.about['tokens']):,} tokens"
+
+
+def surgery(job: Job) -> str:
+    """Cut the least important parts and write the pruned model as a stock checkpoint, reloaded and checked."""
+    from compressor import surgery
+    from compressor.report import kept_summary
+    from compressor.scores import Scores
+
+    kept = surgery.select(Scores.load(job.run.scores), job.teacher.shape, job.shape)
+    total = surgery.output_bytes(job.teacher, kept=kept, shape=job.shape)
+    with staged(job.run.pruned) as folder, progress("surgery", total=total, unit="bytes") as advance:
+        surgery.prune(job.teacher, folder, kept=kept, shape=job.shape, progress=advance)
+        surgery.verify(folder, job.shape)
+    parts = kept_summary(
+        layers=kept.layers, hidden=kept.hidden, ffn=kept.ffn, heads=kept.heads, teacher=job.teacher.shape
+    )
+    shapes = {"teacher": job.teacher.shape.to_dict(), "student": job.shape.to_dict()}
+    write_json(job.run.shape, shapes | {"kept": parts})
+    return f"{job.teacher.shape.parameters:,} -> {job.shape.parameters:,} parameters"
+
+
+def distill_student(job: Job) -> str:
+    """Train the pruned model to predict what the teacher predicts; the best checkpoint becomes the student."""
+    from compressor import distill as room
+    from compressor import teacher
+    from compressor.checkpoint import load_tokenizer
+    from compressor.data import Blocks, check_same_tokens, heldout_batches
+
+    settings, context = job.recipe.distill, job.recipe.data.context
+    tokenizer = job.tokenizer
+    check_same_tokens(tokenizer, load_tokenizer(job.run.pruned))
+    result = room.distill(
+        job.run.pruned,
+        teacher=teacher.load(job.teacher.folder, trust_remote_code=job.recipe.trust_remote_code),
+        batches=Blocks(job.source, tokenizer, context=context, **job.data),
+        heldout=heldout_batches(
+            job.source,
+            tokenizer,
+            context=context,
+            limit=settings.heldout_rows,
+            batch_size=settings.micro_batch,
+            **job.data,
+        ),
+        settings=settings,
+        folder=job.run.checkpoints,
+        seed=job.recipe.seed,
+        vocab=len(tokenizer),
+        metrics=job.run.metrics,
+    )
+    _write_student(job, result.best_folder)
+    job.facts = {"status": result.status, "summary": result.describe(), "tokens": result.tokens}
+    return result.describe()
+
+
+def _write_student(job: Job, best: Path) -> None:
+    """Save the best weights in the teacher's precision, with the tokenizer and generation config beside them."""
+    from compressor.checkpoint import copy_tokenizer, load_model
+    from compressor.surgery import verify
+
+    dtype = job.teacher.config.get("dtype") or job.teacher.config.get("torch_dtype") or "float32"
+    with staged(job.run.student) as folder:
+        load_model(best, dtype=dtype).save_pretrained(folder)
+        copy_tokenizer(job.run.pruned, folder)
+        verify(folder, job.shape)
+
+
+def evaluate_all(job: Job) -> str:
+    """Judge teacher, pruned model and student alike: held-out text, agreement with the teacher, the four skills."""
+    from compressor.data import text_batches
+    from compressor.evaluate import evaluate as judge
+    from compressor.runtime import TorchRuntime
+
+    settings = job.recipe.evaluate
+    tokenizer = job.tokenizer
+    heldout = text_batches(
+        job.source, tokenizer, context=job.recipe.data.context, tokens=settings.tokens, **job.data
+    )
+    suites = _suites(None, tokenizer, prompts=settings.prompts, seed=job.recipe.seed)
+    trust = job.recipe.trust_remote_code
+    teacher = TorchRuntime(job.teacher.folder, batch_size=settings.batch_size, trust_remote_code=trust)
+    results = {}
+    for name in ("teacher", "pruned", "student"):
+        runtime = teacher
+        if name != "teacher":
+            runtime = TorchRuntime(getattr(job.run, name), batch_size=settings.batch_size)
+        with progress(f"evaluate {name}", unit="tasks") as advance:
+            results[name] = judge(
+                runtime,
+                against=None if name == "teacher" else teacher,
+                heldout=heldout,
+                suites=suites,
+                max_new_tokens=settings.max_new_tokens,
+                seed=job.recipe.seed,
+                progress=advance.of,
+            )
+    write_json(job.run.evaluation, results)
+    scored = [f"{name} {results[name]['overall']['score']:.1%}" for name in results if results[name]["overall"]]
+    return ", ".join(scored) or ", ".join(f"{name} perplexity {r['perplexity']:.3f}" for name, r in results.items())
+
+
+def report(job: Job) -> str:
+    """Write the report, the student's model card and its checksums."""
+    from compressor import package as room
+    from compressor import report
+
+    status = (job.run.done("distill") or {})["status"]
+    written = report.write(job.run.folder, status="done" if status == "ok" else status)
+    room.write_card(job.run.student, report=written, teacher=job.recipe.teacher, recipe=job.recipe.to_yaml())
+    room.write_checksums(job.run.student)
+    return str(job.run.folder / "report.html")
+
+
+STAGES: dict[str, Callable[[Job], str]] = {
+    "importance": importance,
+    "surgery": surgery,
+    "distill": distill_student,
+    "evaluate": evaluate_all,
+    "report": report,
+}
+
+
+# --- what the commands call -----------------------------------------------------------------------------------------
+
+
+def plan(recipe: Recipe | dict[str, Any]) -> Plan:
+    """What `distill` would do: shapes, bytes, memory, time. UserError for a bad recipe, teacher or target."""
+    from compressor import plan
+
+    return plan.plan(_checked(recipe))
+
+
+def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, say: Say = _quiet) -> dict[str, Any]:
+    """Run every stage that is not done yet in the run folder `out`, and return the report.
+
+    `recipe` is a Recipe or its nested values; `say` is handed a line per stage. Raises UserError for input that has to
+    change, CheckFailed when the student came out worse than it went in (report and best checkpoint are still written).
+    """
+    from compressor.checkpoint import Checkpoint, resolve
+    from compressor.data import DEFAULT_DATA
+
+    recipe = _checked(recipe)
+    teacher = Checkpoint(resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code))
+    shape = choose(parse_target(recipe.target), teacher.shape)
+    positions = teacher.config.get("max_position_embeddings") or recipe.data.context
+    recipe = recipes.resolve(recipe, teacher=teacher.shape, student=shape, max_positions=positions)
+    source = recipe.data.source or DEFAULT_DATA
+    if recipe.data.source is None:
+        say(f"data: {DEFAULT_DATA} (the default; choose another with --data)")
+    run = Run(out or Path("runs") / _slug(f"{Path(recipe.teacher).name}-{recipe.target}"))
+    with run.locked():
+        _open(run, recipe)
+        job = Job(run, recipe, teacher, shape, say, source)
+        for name, stage in STAGES.items():
+            if (mark := run.done(name)) is not None:
+                say(f"{name:<11} done before ({mark['seconds']:.1f} s)")
+                continue
+            started = time.monotonic()
+            job.facts = {}
+            summary = stage(job)
+            run.mark(name, started=started, **job.facts)
+            say(f"{name:<11} {time.monotonic() - started:6.1f} s  {summary}")
+        result = _with_files(run)
+        distilled = run.done("distill") or {}
+    if distilled["status"] != "ok":
+        raise CheckFailed(f"{distilled['summary']}; see {run.folder / 'report.html'}")
+    return result
+
+
+def evaluate(
+    what: str,
+    *,
+    against: str | None = None,
+    suites: list[str] | None = None,
+    data: str | None = None,
+    prompts: int = 100,
+    tokens: int = 100_000,
+    seed: int = 0,
+    say: Say = _quiet,
+) -> dict[str, Any]:
+    """Judge one model (a run folder means its student) and return {"what", "against", "result"}.
+
+    A run folder brings its own teacher and data. `suites` are names of skills or JSONL files; default all four.
+    Raises UserError for what cannot be found, loaded or asked.
+    """
+    from compressor.checkpoint import resolve
+    from compressor.data import text_batches
+    from compressor.evaluate import evaluate as judge
+    from compressor.runtime import TorchRuntime
+
+    section: dict[str, Any] = {}
+    if (Path(what) / "run.json").exists():
+        recipe = recipes.build(recipes.load_values(str(Path(what) / "recipe.yaml")), origin=what)
+        section = {"split": recipe.data.split, "fraction": recipe.data.heldout_fraction, "seed": recipe.seed}
+        against = against or recipe.teacher
+        data = data or recipe.data.source
+        what = str(_finished(Run(what)).student)
+    elif "demo" in (what, against):
+        data = data or "demo"
+    runtime = TorchRuntime(resolve(what))
+    teacher = TorchRuntime(resolve(against)) if against else None
+    heldout: list[Any] = []
+    if data:
+        context = min(1024, runtime.context)
+        heldout = text_batches(data, runtime.tokenizer, context=context, tokens=tokens, **section)
+    else:
+        say("no --data, so no perplexity and no agreement with the teacher; only skills are judged")
+    chosen = _suites(suites, runtime.tokenizer, prompts=prompts, seed=seed)
+    if not chosen and not heldout:
+        raise UserError(f"{what} has no chat template and no --data was given; nothing to judge; give --data")
+    with progress("evaluate", unit="tasks") as advance:
+        result = judge(runtime, against=teacher, heldout=heldout, suites=chosen, seed=seed, progress=advance.of)
+    return {"what": what, "against": against, "result": result}
+
+
+def package(run_folder: Path | str, *, push: str | None = None, say: Say = _quiet) -> dict[str, Any]:
+    """Write card and checksums of a finished run's student again, and push it when asked: {"folder", "files", "url"}."""
+    from compressor import package as room
+
+    run = _finished(Run(run_folder))
+    values = recipes.load_values(str(run.recipe))
+    with run.locked():
+        room.write_card(
+            run.student,
+            report=read_json(run.report),
+            teacher=values["teacher"],
+            recipe=run.recipe.read_text(encoding="utf-8"),
+        )
+        room.write_checksums(run.student)
+        files = room.check_checksums(run.student)
+        say(f"{files} files in {run.student} match {room.CHECKSUMS}")
+        url = room.push(run.student, push) if push else None
+    return {"folder": str(run.student), "files": files, "url": url}
+
+
+# --- small things ---------------------------------------------------------------------------------------------------
+
+
+def _checked(recipe: Recipe | dict[str, Any]) -> Recipe:
+    if not isinstance(recipe, dict):
+        return recipe
+    if recipe.get("teacher") == "demo":
+        recipe = recipes.merged(recipes.load_values("demo"), recipe)
+    return recipes.build(recipe)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.@=-]+", "-", text.replace("%", "pct")).strip("-")
+
+
+def _open(run: Run, recipe: Recipe) -> None:
+    """Save the resolved recipe first of all, or check that the folder's own says the same."""
+    import torch
+    import transformers
+
+    if run.recipe.exists():
+        saved = recipes.build(recipes.load_values(str(run.recipe)), origin=str(run.recipe))
+        if changed := recipes.differences(saved, recipe):
+            raise UserError(
+                f"{run.folder} was started with another recipe, different in {', '.join(changed)}; expected the same one "
+                "to resume; choose another --out or undo the change"
+            )
+        return
+    write_text(run.recipe, recipe.to_yaml())
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    run.note(versions=versions, seeds={"seed": recipe.seed})
+
+
+def _suites(names: list[str] | None, tokenizer: Any, *, prompts: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Tasks by skill: the built-in suites by name, files by path. A model without a chat template is asked none."""
+    from compressor.demo import tasks
+    from compressor.evaluate.run_skills import read_suite
+    from compressor.evaluate.skills import SKILLS
+
+    if not tokenizer.chat_template:
+        if names:
+            raise UserError(f"no chat template, so --suite {names[0]} cannot be asked; expected an instruction model")
+        return {}
+    suites: dict[str, list[dict[str, Any]]] = {}
+    for name in names or SKILLS:
+        if name in SKILLS:
+            suites[name] = tasks.suite(name, prompts, seed=seed)
+            continue
+        for task in read_suite(name):
+            suites.setdefault(task["skill"], []).append(task)
+    return suites
+
+
+def _finished(run: Run) -> Run:
+    if run.done("report") is None:
+        raise UserError(f"{run.folder} holds no finished run; expected one; run compressor distill --out {run.folder}")
+    return run
+
+
+def _with_files(run: Run) -> dict[str, Any]:
+    files = {kind: str(run.folder / f"report.{kind}") for kind in ("json", "md", "html")}
+    return read_json(run.report) | {"files": files | {"student": str(run.student)}}

@@ -1,0 +1,405 @@
+"""What a run would do, from configs alone: shapes side by side, and memory, FLOPs and time of each stage.
+
+FLOPs are counted, memory is reasoned (the formulas and what they assume stand in the docstrings), and time is
+FLOPs over a matmul rate that is measured on this machine when the plan is made, at the share of it that whole
+models reach. Nothing is downloaded but a config.json, and that only for a Hub id whose config is not shipped.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .architecture import PUBLISHED, choose, named_config, parse_target
+from .shape import Shape
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .recipe import Recipe
+
+UTILISATION = 0.4  # assumed share of the measured matmul rate that whole models reach
+DISK_BYTES_PER_SECOND = 0.5e9  # assumed; reading and writing checkpoints
+PRECISIONS = ("bf16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast this machine multiplies matrices (FLOP/s) and reads memory (bytes/s), measured just now."""
+
+    device: str
+    precision: str
+    flops_per_second: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its peak memory in bytes, its FLOPs, its time in seconds, and what the figures assume."""
+
+    name: str
+    memory_bytes: int
+    flops: int
+    seconds: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found; `to_dict` is its JSON."""
+
+    source: str
+    target: str
+    tokens: int
+    teacher: Shape
+    student: Shape
+    rate: Rate
+    stages: tuple[Stage, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def memory_bytes(self) -> int:
+        return max(stage.memory_bytes for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: teacher and student (shape, counts, bytes), rate, stages and totals."""
+        return {
+            "source": self.source,
+            "target": self.target,
+            "teacher": _describe(self.teacher),
+            "student": _describe(self.student),
+            "tokens": {"distill": self.tokens},
+            "rate": asdict(self.rate) | {"utilisation": UTILISATION},
+            "stages": [asdict(stage) for stage in self.stages],
+            "memory_bytes": self.memory_bytes,
+            "seconds": self.seconds,
+        }
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Choose the student for `recipe.target` and estimate every stage of the recipe, from configs alone.
+
+    The teacher is a folder with a config.json, the name or the Hub id of a published shape (shipped, no
+    network), `demo`, or another Hub id (its config.json is downloaded). Measures the matmul rate, which takes
+    about a second. Raises UserError for an unknown teacher, family or target.
+    """
+    from .recipe import resolve  # pydantic waits until there is a recipe
+
+    config = teacher_config(recipe.teacher)
+    teacher = Shape.from_config(config)
+    student = choose(parse_target(recipe.target), teacher)
+    positions = config.get("max_position_embeddings") or recipe.data.context
+    recipe = resolve(recipe, teacher=teacher, student=student, max_positions=positions)
+    rate = measure_rate(precision=recipe.distill.precision)
+    return Plan(
+        source=recipe.teacher,
+        target=recipe.target,
+        tokens=recipe.distill.tokens,
+        teacher=teacher,
+        student=student,
+        rate=rate,
+        stages=estimate(recipe, teacher=teacher, student=student, rate=rate),
+    )
+
+
+def teacher_config(source: str) -> dict[str, Any]:
+    """The config of a teacher, without its weights; a folder comes first, then the published shapes."""
+    if not Path(source, "config.json").is_file():
+        hub_ids = {hub_id.lower(): name for name, hub_id in PUBLISHED.items()}
+        name = hub_ids.get(source.lower(), source.lower())
+        if name in PUBLISHED:
+            return named_config(name)
+    from .checkpoint import read_config
+
+    return read_config(source)
+
+
+def measure_rate(*, precision: str = "auto", seconds: float = 0.5) -> Rate:
+    """Measure square matmuls and plain copies for about `seconds` each, on the GPU if there is one.
+
+    `auto` is bf16 on a GPU and fp32 on a CPU, as in training. The best of several rounds counts: a busy
+    machine only ever makes a round slower.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if precision == "auto":
+        precision = "bf16" if cuda else "fp32"
+    device = torch.device("cuda" if cuda else "cpu")
+    size = 8192 if cuda else 512
+    left = torch.randn(size, size, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    buffer = torch.ones(2**30 if cuda else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(buffer)
+
+    def best(work: Any) -> float:
+        """Seconds of the fastest of the rounds that fit, after one that warms up."""
+        fastest = float("inf")
+        end = time.perf_counter() + seconds
+        rounds = 0
+        while rounds < 2 or time.perf_counter() < end:
+            start = time.perf_counter()
+            work()
+            if cuda:
+                torch.cuda.synchronize()
+            if rounds:
+                fastest = min(fastest, time.perf_counter() - start)
+            rounds += 1
+        return fastest
+
+    with torch.no_grad():
+        matmul = best(lambda: left @ left)
+        copy = best(lambda: target.copy_(buffer))
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    return Rate(name, precision, 2 * size**3 / matmul, 2 * buffer.numel() / copy)
+
+
+def estimate(recipe: Any, *, teacher: Shape, student: Shape, rate: Rate) -> tuple[Stage, ...]:
+    """The stages in order: teacher, importance, surgery, distill, evaluate. Pure; one device is assumed."""
+    value = 2 if rate.precision == "bf16" else 4
+    return (
+        _teacher(teacher, value),
+        _importance(recipe, teacher, student, rate, value),
+        _surgery(teacher, student),
+        _distill(recipe, teacher, student, rate, value),
+        _evaluate(recipe, teacher, student, rate, value),
+    )
+
+
+def distill_flops_per_token(
+    teacher: Shape, student: Shape, *, context: int, checkpointing: bool = False
+) -> int:
+    """FLOPs of one distilled token: 6 N_student + 2 N_teacher, plus attention over `context` / 2 keys.
+
+    N counts the weights of all matrices with lm_head. Gradient checkpointing runs the student's forward pass
+    once more: 8 N_student.
+    """
+    passes = 4 if checkpointing else 3
+    return passes * student.flops_per_token(context / 2) + teacher.flops_per_token(context / 2)
+
+
+def activation_bytes(shape: Shape, *, tokens: int, precision: str, checkpointing: bool = False) -> int:
+    """Bytes that the layers keep for the backward pass of `tokens` tokens, as stock transformers saves them.
+
+    Per layer and token, in values: two norms keep their input, the normed input and the output (3 hidden
+    each); attention keeps q, k, v and its output (no score matrix: fused attention); norms on q and k keep
+    their input and the normed input; the MLP keeps gate, its activation, up and the product (4 ffn). Under
+    bf16 autocast the residual stream, the norms and the rotated q and k stay in fp32, and matrix inputs are 2
+    bytes. With checkpointing each layer keeps its fp32 input, and one layer at a time has the rest.
+    """
+    value = 2 if precision == "bf16" else 4
+    attention = 8 * (shape.size("heads") + shape.size("kv_heads")) + 4 * shape.num_heads
+    if shape.qk_norm:
+        attention += (4 + value) * (shape.size("heads") + shape.size("kv_heads"))
+    norms = 2 * (8 + value) * shape.hidden + 8
+    layer = norms + attention + 4 * value * shape.ffn
+    if checkpointing:
+        return tokens * (4 * shape.hidden * shape.num_layers + layer)
+    return tokens * layer * shape.num_layers
+
+
+def _forward_bytes(shape: Shape, *, tokens: int, value: int) -> int:
+    """Peak of a forward pass that keeps nothing: the residual stream beside either attention or the MLP."""
+    widest = max(3 * shape.size("heads") + 2 * shape.size("kv_heads"), 3 * shape.ffn)
+    return tokens * (8 * shape.hidden + value * widest)
+
+
+def _teacher(teacher: Shape, value: int) -> Stage:
+    """Reading the weights once; a download, if there is one, is not counted."""
+    stored = teacher.nbytes("bf16")
+    return Stage(
+        "teacher",
+        value * teacher.parameters,
+        0,
+        stored / DISK_BYTES_PER_SECOND,
+        "weights read once, 2 bytes each on disk; no download counted",
+    )
+
+
+def _importance(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int) -> Stage:
+    """Forward passes over the calibration samples; when layers go, once more per block that could be removed.
+
+    First and last layers stay, so a block of n layers has (layers - n - 1) places; each is tried on
+    `depth_samples`. Memory: the teacher, one batch in flight, fp32 scores, and when blocks are tried the
+    logits of 256 tokens, twice (with their log-softmax).
+    """
+    settings, context = recipe.importance, recipe.data.context
+    flops = settings.samples * context * teacher.flops_per_token(context / 2)
+    batch = settings.batch_size * context
+    memory = value * teacher.parameters + _forward_bytes(teacher, tokens=batch, value=value)
+    memory += 4 * (teacher.hidden + teacher.num_layers * (teacher.ffn + teacher.num_heads + 1))
+    note = f"{settings.samples:,} samples of up to {context:,} tokens, forward only"
+    if student.num_layers < teacher.num_layers and settings.depth == "perplexity":
+        blocks = student.num_layers - 1
+        shorter = replace(teacher, num_layers=student.num_layers)
+        flops += blocks * settings.depth_samples * context * shorter.flops_per_token(context / 2)
+        memory += 2 * 4 * min(256, batch) * teacher.vocab
+        note += f"; {settings.depth_samples:,} samples for each of {blocks} blocks that could go"
+    return Stage("importance", memory, flops, _compute_seconds(flops, rate), note)
+
+
+def _surgery(teacher: Shape, student: Shape) -> Stage:
+    """Slicing holds the largest tensor twice (read, cut); the check then loads the student as stored."""
+    largest = max(teacher.vocab * teacher.hidden, teacher.hidden * max(teacher.ffn, teacher.size("heads")))
+    moved = teacher.nbytes("bf16") + 2 * student.nbytes("bf16")
+    return Stage(
+        "surgery",
+        max(2 * 2 * largest, student.nbytes("bf16")),
+        0,
+        moved / DISK_BYTES_PER_SECOND,
+        f"slicing alone {_bytes(2 * 2 * largest)}; then the student is loaded for a check",
+    )
+
+
+def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int) -> Stage:
+    """The teacher frozen beside the student in training, and held-out loss at every evaluation.
+
+    Memory: teacher weights at the computing precision; 16 bytes per student weight (fp32 weight, gradient and
+    the two moments of AdamW) and 2 more for the bf16 copy under autocast; activations of one micro-batch; and
+    the larger of the teacher's forward pass and the fused loss, which holds `chunk_tokens` rows of logits of
+    both models and their gradients in fp32 (four tensors of rows x vocab), a gradient of lm_head, and final
+    hidden states of both models with the student's gradient. No tensor of tokens x vocab is ever whole.
+    """
+    settings, context = recipe.distill, recipe.data.context
+    checkpointing = bool(settings.gradient_checkpointing)
+    micro = settings.micro_batch * context
+    per_token = distill_flops_per_token(teacher, student, context=context, checkpointing=checkpointing)
+    steps = -(-settings.tokens // (settings.batch * context))
+    checks = 1 + -(-steps // settings.eval_every)
+    heldout = checks * settings.heldout_rows * context
+    both = teacher.flops_per_token(context / 2) + student.flops_per_token(context / 2)
+    flops = settings.tokens * per_token + heldout * both
+
+    states = (18 if rate.precision == "bf16" else 16) * student.parameters
+    kept = activation_bytes(student, tokens=micro, precision=rate.precision, checkpointing=checkpointing)
+    loss = 4 * (4 * settings.chunk_tokens * teacher.vocab + student.vocab * student.hidden)
+    loss += 4 * micro * (2 * student.hidden + teacher.hidden)
+    passing = max(loss, _forward_bytes(teacher, tokens=micro, value=value))
+    note = (
+        f"{settings.tokens:,} tokens in {steps:,} steps, {per_token:,} FLOPs per token; teacher "
+        f"{_bytes(value * teacher.parameters)}, student with AdamW {_bytes(states)}, "
+        f"activations {_bytes(kept)}"
+    )
+    memory = value * teacher.parameters + states + kept + passing
+    return Stage("distill", memory, flops, _compute_seconds(flops, rate), note)
+
+
+def _evaluate(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int) -> Stage:
+    """Text and skills for teacher, pruned and student, the latter two with the teacher beside them for
+    agreement.
+
+    An upper bound: prompts are taken as half a context and every answer as `max_new_tokens` long. Decoding
+    reads all weights and the KV cache once per token of a batch, and that bounds its time.
+    """
+    settings, context = recipe.evaluate, recipe.data.context
+    answer = settings.max_new_tokens
+    prompts = 4 * settings.prompts
+    seen = context // 2 + answer
+    models = (teacher, student, student)
+    flops = settings.tokens * (
+        3 * teacher.flops_per_token(context / 2) + 2 * student.flops_per_token(context / 2)
+    ) + sum(prompts * seen * model.flops_per_token(seen / 2) for model in models)
+    steps = -(-prompts // settings.batch_size) * answer
+    read = sum(
+        steps * (value * model.parameters + settings.batch_size * seen * model.kv_bytes_per_token(value))
+        for model in models
+    )
+    logits = 2 * 4 * context * teacher.vocab
+    cache = settings.batch_size * seen * teacher.kv_bytes_per_token(value)
+    memory = value * (teacher.parameters + student.parameters) + max(logits, cache)
+    seconds = _compute_seconds(flops, rate) + read / rate.bytes_per_second
+    note = f"{settings.tokens:,} held-out tokens and {prompts:,} prompts, three models; upper bound"
+    return Stage("evaluate", memory, flops, seconds, note)
+
+
+def _compute_seconds(flops: int, rate: Rate) -> float:
+    return flops / (UTILISATION * rate.flops_per_second)
+
+
+def _describe(shape: Shape) -> dict[str, Any]:
+    return {
+        "parameters": shape.parameters,
+        "embedding_parameters": shape.embedding_parameters,
+        "other_parameters": shape.parameters - shape.embedding_parameters,
+        "bytes": {precision: shape.nbytes(precision) for precision in PRECISIONS},
+        "kv_bytes_per_token": shape.kv_bytes_per_token(),
+        "flops_per_token": shape.flops_per_token(),
+        "shape": shape.to_dict(),
+    }
+
+
+def render(plan: Plan, console: Console) -> None:
+    """Print the plan as two tables and the assumptions behind them."""
+    from rich.table import Table
+
+    teacher, student = plan.teacher, plan.student
+    shapes = Table(title=f"{plan.source} to {plan.target}", title_justify="left")
+    shapes.add_column("", no_wrap=True)
+    for heading in ("teacher", "student", "student / teacher"):
+        shapes.add_column(heading, justify="right", no_wrap=True)
+    figures = [
+        (label, getattr(teacher, name), getattr(student, name))
+        for label, name in (
+            ("layers", "num_layers"),
+            ("hidden", "hidden"),
+            ("ffn", "ffn"),
+            ("heads", "num_heads"),
+            ("KV heads", "num_kv_heads"),
+            ("head_dim", "head_dim"),
+            ("vocabulary", "vocab"),
+            ("parameters", "parameters"),
+            ("  embedding and head", "embedding_parameters"),
+        )
+    ]
+    rest = [model.parameters - model.embedding_parameters for model in (teacher, student)]
+    figures.append(("  the rest", rest[0], rest[1]))
+    for precision in PRECISIONS:
+        figures.append((f"bytes at {precision}", teacher.nbytes(precision), student.nbytes(precision)))
+    figures.append(("KV bytes per token, bf16", teacher.kv_bytes_per_token(), student.kv_bytes_per_token()))
+    figures.append(("FLOPs per token, forward", teacher.flops_per_token(), student.flops_per_token()))
+    for label, before, after in figures:
+        shapes.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.1%}")
+    console.print(shapes)
+
+    stages = Table(title="stages", title_justify="left")
+    for heading in ("stage", "memory", "FLOPs", "time"):
+        stages.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+    stages.add_column("note", overflow="fold")
+    for stage in plan.stages:
+        work = f"{stage.flops:.3g}" if stage.flops else "-"
+        stages.add_row(stage.name, _bytes(stage.memory_bytes), work, _duration(stage.seconds), stage.note)
+    total = sum(stage.flops for stage in plan.stages)
+    stages.add_row(
+        "in all", _bytes(plan.memory_bytes), f"{total:.3g}", _duration(plan.seconds), "largest; sums"
+    )
+    console.print(stages)
+    rate = plan.rate
+    console.print(
+        f"Time: {rate.flops_per_second:.3g} FLOP/s in {rate.precision} matmuls, measured now on "
+        f"{rate.device}; assumed: {UTILISATION:.0%} of that in whole models, one device, disks at "
+        f"{_bytes(int(DISK_BYTES_PER_SECOND))}/s. Bytes are the weights alone; block "
+        "scales add 6 % (int8) to 12 % (int4).",
+        highlight=False,
+    )
+
+
+def _bytes(count: int) -> str:
+    """1536 -> '1.5 KiB'."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _duration(seconds: float) -> str:
+    """5400 -> '1.5 h'."""
+    for limit, size, unit in ((90, 1, "s"), (90 * 60, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86400:,.1f} days"

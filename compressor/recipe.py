@@ -1,0 +1,232 @@
+"""Recipe: every dial of a run, strict YAML in and out.
+
+One dial, `target`, decides the rest; a field left out takes a default that fits the teacher (`resolve`), and the resolved
+recipe is saved in the run folder before anything else happens. A stage is handed its own section and nothing more.
+"""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compressor.errors import UserError
+from compressor.shape import Shape
+
+Aggregation = Literal["l2", "mean", "var"]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values are checked and never coerced silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """What the student learns from."""
+
+    source: str | None = Field(None, description="Hub dataset id, JSONL, text or parquet file, a folder of them, or `demo`")
+    split: str = Field("train", description="split of a Hub dataset")
+    context: int = Field(4096, gt=1, description="tokens per row")
+    heldout_fraction: float = Field(0.01, gt=0, lt=0.5, description="share of the documents set aside, by hash")
+
+
+class Importance(Section):
+    """How the teacher's parts are ranked (Minitron, arXiv 2407.14679, section 2.2)."""
+
+    samples: int = Field(1024, gt=0, description="calibration rows")
+    batch_size: int = Field(1, gt=0, description="calibration rows per forward pass")
+    batch: Aggregation = Field("l2", description="aggregation over rows")
+    sequence: Aggregation = Field("mean", description="aggregation over the tokens of a row")
+    depth: Literal["perplexity", "block_influence"] = Field("perplexity", description="how a block of layers is judged")
+    scores: str | None = Field(None, description="scores.safetensors of an earlier run of the same teacher, to reuse")
+    depth_samples: int = Field(64, gt=0, description="calibration rows for perplexity-on-removal")
+
+
+class Distill(Section):
+    """How the student learns from the teacher: forward KL on logits, alone, as Minitron found best (arXiv 2408.11796)."""
+
+    tokens: int = Field(100_000_000, gt=0, description="training budget in tokens")
+    batch: int = Field(64, gt=0, description="rows per optimizer step, over all processes")
+    micro_batch: int = Field(1, gt=0, description="rows per forward pass")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
+    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="softens teacher and student alike; the loss is scaled by its square")
+    ce_weight: float = Field(0.0, ge=0, description="weight of cross-entropy on the data beside the KL divergence")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 elsewhere")
+    gradient_checkpointing: bool = Field(False, description="trade a third more compute for the memory of activations")
+    eval_every: int = Field(50, gt=0, description="steps between held-out losses; the best checkpoint is kept")
+    save_every: int = Field(50, gt=0, description="steps between checkpoints to resume from")
+    heldout_rows: int = Field(64, gt=0, description="rows of the held-out loss")
+    chunk_tokens: int = Field(128, gt=0, description="tokens whose logits exist at one time")
+
+
+class Evaluate(Section):
+    """How teacher, pruned model and student are judged."""
+
+    tokens: int = Field(100_000, gt=0, description="held-out tokens for perplexity, KL divergence and top-1 agreement")
+    prompts: int = Field(100, gt=0, description="tasks per skill")
+    batch_size: int = Field(32, gt=0, description="prompts answered together")
+    max_new_tokens: int = Field(128, gt=0, description="longest answer")
+
+
+class Recipe(Section):
+    """A whole run. `teacher` and `target` are enough; the sections fill themselves."""
+
+    teacher: str = Field("meta-llama/Llama-3.1-8B", description="Hub id, folder, or `demo` (embedded)")
+    target: str = Field(description="4b, 350m, 50%, 2GiB@int4, layers=16, hidden=3072,ffn=9216, or a published shape")
+    seed: int = 0
+    trust_remote_code: bool = Field(False, description="run code that comes with the teacher's repository")
+    data: Data = Field(default_factory=Data)  # pyright: ignore[reportArgumentType] - every field has a default
+    importance: Importance = Field(default_factory=Importance)  # pyright: ignore[reportArgumentType]
+    distill: Distill = Field(default_factory=Distill)  # pyright: ignore[reportArgumentType]
+    evaluate: Evaluate = Field(default_factory=Evaluate)  # pyright: ignore[reportArgumentType]
+
+    def to_yaml(self) -> str:
+        """The whole recipe, keys in the order of the story."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            names += _keys(inner, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+KEYS = _keys(Recipe)
+
+
+def _explain(error: ValidationError, origin: str) -> UserError:
+    # a misspelt key first: it often is why another one is missing
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, [*KEYS, *Recipe.model_fields], n=1, cutoff=0.0)
+        return UserError(f"{origin}: unknown key `{key}`; the nearest valid one is `{near[0]}`; rename or remove it")
+    if first["type"] == "missing":
+        return UserError(f"{origin}: `{key}` is missing; give it there or on the command line (--{key} ...)")
+    return UserError(f"{origin}: `{key}` is {first.get('input')!r}; {first['msg']}; correct it")
+
+
+def build(values: dict[str, Any], *, origin: str = "recipe") -> Recipe:
+    """A checked Recipe from nested values. UserError names the first bad key, and for an unknown key the nearest one."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, origin) from None
+
+
+def load_values(source: str) -> dict[str, Any]:
+    """The nested values of a YAML file, or of a recipe shipped under that name. UserError where there is neither."""
+    path = Path(source)
+    shipped = resources.files("compressor") / "recipes"
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif (named := shipped / f"{source}.yaml").is_file():
+        text = named.read_text(encoding="utf-8")
+    else:
+        names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
+        raise UserError(f"no recipe {source}; expected a YAML file or one of {', '.join(names)}")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}; correct it") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source} holds no recipe; expected keys such as `target: 50%`")
+    return values
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested values of `over` laid over `base`; neither is changed."""
+    both = {k: merged(base[k], over[k]) for k in over if isinstance(base.get(k), dict) and isinstance(over[k], dict)}
+    return base | over | both
+
+
+def set_value(values: dict[str, Any], assignment: str) -> None:
+    """Apply one `section.key=value` (the value read as YAML) to nested values, in place."""
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise UserError(f"--set {assignment}: expected key=value, for example --set distill.lr=2e-4")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {assignment}: `{section}` is no section; expected one of {', '.join(KEYS)}")
+    try:
+        values[last] = _number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise UserError(f"--set {assignment}: {text!r} is not a value; quote it") from None
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):  # YAML 1.1 reads 2e-3 as a word
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: int) -> Recipe:
+    """Fill every number that was not set by hand with one that fits the models; what was set stays.
+
+    tokens: half a token per parameter of the student, as Minitron's short retraining (1.8B tokens for 4B), a million
+    at least. batch: so that there are 400 steps, also theirs, between 8 and 768 rows. lr: 1e-4 at hidden 4096, inversely
+    proportional to the hidden size (arXiv 2203.03466), 2e-3 at most.
+    """
+    context = _chosen(recipe.data, "context", min(4096, max_positions))
+    tokens = _chosen(recipe.distill, "tokens", max(1_000_000, student.parameters // 2))
+    batch = _chosen(recipe.distill, "batch", min(768, max(8, round(tokens / context / 400))))
+    steps = max(1, round(tokens / (batch * context)))
+    lr = _chosen(recipe.distill, "lr", min(2e-3, round(1e-4 * 4096 / student.hidden, 6)))
+    fitting = max(1, 2**23 // (teacher.hidden * context))  # activations of a forward pass stay small beside the weights
+    micro_batch = max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= fitting)
+    distill = {
+        "tokens": tokens,
+        "batch": batch,
+        "micro_batch": micro_batch,
+        "lr": lr,
+        "min_lr": lr / 10,
+        "warmup_steps": min(40, max(1, steps // 10)),
+        "eval_every": max(1, min(500, steps // 10)),
+        "save_every": max(1, min(500, steps // 10)),
+    }
+    return recipe.model_copy(
+        update={
+            "data": _filled(recipe.data, {"context": context}),
+            "importance": _filled(recipe.importance, {"batch_size": fitting}),
+            "distill": _filled(recipe.distill, distill),
+        }
+    )
+
+
+def _chosen(section: Section, key: str, derived: Any) -> Any:
+    return getattr(section, key) if key in section.model_fields_set else derived
+
+
+def _filled(section: Any, derived: dict[str, Any]) -> Any:
+    return section.model_copy(update={k: v for k, v in derived.items() if k not in section.model_fields_set})
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """The dotted keys in which two recipes differ."""
+
+    def flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name in type(section).model_fields:
+            value = getattr(section, name)
+            values |= flat(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
+        return values
+
+    before, after = flat(old), flat(new)
+    return [key for key in before if before[key] != after[key]]

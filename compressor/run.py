@@ -1,0 +1,130 @@
+"""The run folder: where every artifact lives, what is finished, and how files get there whole.
+
+A file or folder is written aside, synced and renamed, so a reader never meets half of one. A stage is marked in run.json
+only after its files are in place; whatever a crash leaves behind is redone from the last mark.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole: aside, fsync, rename."""
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"could not write {path}: {error.strerror}; free space or choose another --out") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole, two spaces deep, keys as given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; UserError where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"could not read {path}: {error}; expected the JSON file that a run writes") from error
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_symlink():
+            continue
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; it takes the place of `folder` when the block ends well and is removed when it does not."""
+    aside = folder.with_name(f".{folder.name}.part")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        _sync_tree(aside)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+    except OSError as error:
+        raise UserError(f"could not write {folder}: {error.strerror or error}; free space or choose another --out") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class Run:
+    """One run folder and the marks of its finished stages."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.recipe = self.folder / "recipe.yaml"
+        self.facts = self.folder / "run.json"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.scores = self.folder / "scores.safetensors"
+        self.shape = self.folder / "shape.json"
+        self.pruned = self.folder / "pruned"
+        self.checkpoints = self.folder / "checkpoints"
+        self.student = self.folder / "student"
+        self.evaluation = self.folder / "evaluation.json"
+        self.report = self.folder / "report.json"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder alone; UserError where another process holds it. The lock dies with its process."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = (self.folder / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"could not use {self.folder} as a run folder: {error.strerror}; choose another --out") from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"another process is working in {self.folder}; expected to be alone; wait for it or choose another --out"
+                ) from error
+            yield
+
+    def read_facts(self) -> dict[str, Any]:
+        """run.json, or an empty one for a new run."""
+        return read_json(self.facts) if self.facts.exists() else {"stages": {}}
+
+    def note(self, **facts: Any) -> None:
+        """Merge facts (versions, seeds, fingerprints, sizes) into run.json."""
+        write_json(self.facts, self.read_facts() | facts)
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """What the finished stage left to say, or None where it is still to do."""
+        return self.read_facts()["stages"].get(stage)
+
+    def mark(self, stage: str, *, started: float, **facts: Any) -> None:
+        """Mark a stage finished; call it only when its files are in place. `started` is time.monotonic() at its start."""
+        known = self.read_facts()
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        known["stages"][stage] = {"seconds": round(time.monotonic() - started, 2), "finished": finished, **facts}
+        write_json(self.facts, known)

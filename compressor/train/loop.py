@@ -1,0 +1,191 @@
+"""Train a student to the end of its token budget, continuing after a kill, and say how it went."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging as hf_logging
+
+from ..errors import UserError
+from .batches import Batch, num_steps, targets
+from .metrics import Progress, metric_lines
+from .trainer import LossFunction, NotFinite, Trainer, checkpoint_step, last_checkpoint
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How training went. Losses are per target; `best_folder` is None when no checkpoint beats the start."""
+
+    status: str  # "ok", "worse" (the end is worse than the start) or "not_finite"
+    first_heldout: float
+    last_heldout: float
+    best_heldout: float
+    best_folder: Path | None
+    steps: int
+    tokens: int  # non-padding input tokens the student was trained on
+    seconds: float  # of all sessions
+    history: list[dict[str, float]]  # the lines of metrics.jsonl
+
+
+def train(
+    model: nn.Module,
+    *,
+    loss: LossFunction,
+    batches: torch.utils.data.IterableDataset,
+    heldout: Sequence[Batch],
+    settings: Any,
+    folder: Path,
+    metrics: Path | None = None,
+    seed: int = 0,
+) -> TrainResult:
+    """Train `model` (its weights are made float32) and return how it went; run again after a kill, it continues.
+
+    `batches` yields rows (T,) endlessly, and the same ones from the start each time it is iterated; `heldout`
+    holds collated batches. `settings` has the fields of recipe.Distill; its `tokens` (non-padding input tokens)
+    set the number of steps. Checkpoints and TensorBoard logs go to `folder`; lines of step, tokens, seconds, loss,
+    lr, grad_norm, tokens_per_second or heldout_loss, heldout_kl, heldout_ce to `metrics` (default
+    folder/metrics.jsonl). The held-out loss is taken before the first step, every `eval_every` steps and at the
+    end; the best checkpoint and the last are kept. On CPU a resumed run ends in the same bits.
+    Raises UserError for settings that do not fit together, empty data and a full disk.
+    """
+    if not any(bool(targets(batch).any()) for batch in heldout):
+        raise UserError("the held-out data has no target token; expected at least one; use more or other data")
+    steps = num_steps(batches, tokens=settings.tokens, batch=settings.batch)
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = _arguments(settings, steps=steps, folder=folder, seed=seed)
+    if len(heldout) < arguments.world_size:
+        raise UserError(
+            f"there are {len(heldout)} held-out batches for {arguments.world_size} processes; expected one each; "
+            "raise distill.heldout_rows or lower distill.micro_batch"
+        )
+    if arguments.should_save:
+        for leftover in [*folder.glob(".checkpoint-*.part"), *folder.glob(".checkpoint-*.old")]:
+            shutil.rmtree(leftover)
+    student: Any = model.float()
+    if settings.gradient_checkpointing:
+        student.activation_checkpointing_enable({"use_reentrant": False})
+    board, progress, last = TensorBoardCallback(), Progress(), last_checkpoint(folder)
+    board.logging_dir = str(folder / "tensorboard")
+    with _quiet():
+        trainer = Trainer(
+            student,
+            loss=loss,
+            arguments=arguments,
+            batches=batches,
+            heldout=heldout,
+            metrics=metrics or folder / "metrics.jsonl",
+            callbacks=[board, progress],
+        )
+        if last is not None and checkpoint_step(last) >= steps:
+            trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+            return _result("ok", trainer.state, folder)
+        trainer.args.eval_on_start = last is None
+        status = "ok"
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except NotFinite:
+            status = "not_finite"
+        finally:
+            progress.close()
+            if board.tb_writer is not None:
+                board.tb_writer.close()
+        return _result(status, trainer.state, folder)
+
+
+def _result(status: str, state: TrainerState, folder: Path) -> TrainResult:
+    history = metric_lines(state.log_history)
+    losses = [line["heldout_loss"] for line in history if "heldout_loss" in line]
+    best_step = state.best_global_step
+    return TrainResult(
+        status="worse" if status == "ok" and losses[-1] > losses[0] else status,
+        first_heldout=losses[0],
+        last_heldout=losses[-1],
+        best_heldout=min(filter(math.isfinite, losses), default=math.nan),
+        best_folder=folder / f"checkpoint-{best_step}" if best_step else None,
+        steps=state.global_step,
+        tokens=state.num_input_tokens_seen,
+        seconds=history[-1]["seconds"],
+        history=history,
+    )
+
+
+def _arguments(settings: Any, *, steps: int, folder: Path, seed: int) -> TrainingArguments:
+    """The Trainer's arguments for our settings. UserError for settings that do not fit together."""
+    if settings.warmup_steps >= steps:
+        raise UserError(
+            f"distill.tokens pays for {steps} steps and distill.warmup_steps is {settings.warmup_steps}; expected "
+            "fewer warm-up steps than steps; raise distill.tokens or lower distill.warmup_steps"
+        )
+    if settings.min_lr > settings.lr:
+        raise UserError(
+            f"distill.min_lr is {settings.min_lr}; expected at most distill.lr, {settings.lr}; lower distill.min_lr"
+        )
+    every = math.gcd(settings.eval_every, settings.save_every)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=settings.micro_batch,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": settings.min_lr},
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=settings.max_grad_norm,
+        # bf16 on the CPU is fast only where the processor has it; there float32 is the safe default.
+        bf16=settings.precision == "bf16" or (settings.precision == "auto" and torch.cuda.is_available()),
+        # A log line never spans a checkpoint, so a resumed run writes the same lines.
+        logging_steps=max(interval for interval in range(1, 11) if every % interval == 0),
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        save_steps=settings.save_every,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        seed=seed,
+        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        # Rows differ in length, so each rank reads for itself instead of being sent a slice.
+        accelerator_config={"dispatch_batches": False},
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs take one process each (torchrun), never DataParallel
+    per_step = settings.micro_batch * arguments.world_size
+    if settings.batch % per_step:
+        raise UserError(
+            f"distill.batch is {settings.batch} rows, and {arguments.world_size} process(es) take "
+            f"{settings.micro_batch} each at a time; expected a multiple of {per_step}; change distill.batch or "
+            "distill.micro_batch"
+        )
+    arguments.gradient_accumulation_steps = settings.batch // per_step
+    return arguments
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own talk and bars off the screen; ours is the only one."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()

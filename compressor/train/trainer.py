@@ -1,0 +1,256 @@
+"""transformers.Trainer with a loss function, token-exact normalisation and checkpoints that are whole or absent.
+
+The student lives inside `Objective`, whose forward computes the loss: wrapping that module (DDP) keeps gradient
+hooks in the path without any full logits. Checkpoints are written aside, synced and renamed, so a `checkpoint-N`
+folder is whole whenever it exists; each is a stock Hugging Face folder plus the Trainer's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..checkpoint import require_space
+from ..data import collate
+from ..errors import UserError
+from ..run import staged, write_text
+from .batches import Batch, real_tokens, targets
+from .metrics import json_lines, metric_lines
+
+
+class LossSum(NamedTuple):
+    """What a loss function returns: sums over the batch's targets."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]  # further sums worth reporting on held-out rows, such as "kl" and "ce"
+
+
+LossFunction = Callable[[nn.Module, Batch], LossSum]
+
+
+class NotFinite(RuntimeError):
+    """A loss or a gradient is NaN or infinite: the step is not taken."""
+
+
+class Objective(nn.Module):
+    """The student and its loss as one module: whatever wraps the module wraps all of the computation."""
+
+    def __init__(self, student: nn.Module, loss: LossFunction) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss  # a plain function: a teacher it holds stays outside of parameters and checkpoints
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The sums of the loss function in one dict, which every wrapper can carry."""
+        total, parts = self.loss(self.student, batch)
+        return {"loss": total, **parts}
+
+
+class LastStepIsLogged(TrainerCallback):
+    """The Trainer evaluates and saves after the last step whatever the intervals are; here it logs too."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for a log line after the last step."""
+        control.should_log |= state.global_step >= state.max_steps
+
+
+class Trainer(transformers.Trainer):
+    """The loop of transformers with our loss, our normalisation, our held-out loss and our checkpoints."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        loss: LossFunction,
+        arguments: TrainingArguments,
+        batches: torch.utils.data.IterableDataset,
+        heldout: Sequence[Batch],
+        metrics: Path,
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
+        self.objective, self.student, self.heldout, self.metrics = Objective(student, loss), student, heldout, metrics
+        super().__init__(
+            self.objective,
+            arguments,
+            data_collator=collate,
+            train_dataset=batches,
+            eval_dataset={},  # asked for by the arguments; `evaluate` reads self.heldout
+            callbacks=[LastStepIsLogged(), *callbacks],
+        )
+        self.remove_callback(transformers.PrinterCallback)
+        self._step_loss = torch.zeros((), device=arguments.device)
+        self._last_log = self._started = time.perf_counter()
+        self._last_tokens, self._seconds_before = 0, 0.0
+
+    # -- the loss: sums, divided once by the targets of the whole step
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the step's mean loss per target."""
+        assert num_items_in_batch is not None, "get_batch_samples counts the targets of every step"
+        outputs = model(inputs)
+        # DDP averages gradients over ranks where a sum is meant.
+        loss = outputs["loss"] * (self.args.world_size / max(1, int(num_items_in_batch)))
+        self._step_loss += loss.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step and how many targets they hold over all ranks."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if len(batches) < num_batches:
+            raise UserError("the training data ended early; expected an endless stream of rows; repeat the data")
+        counts = [sum(int(targets(batch).sum()) for batch in batches), sum(map(real_tokens, batches))]
+        num_targets, num_tokens = self._over_ranks(counts)
+        self.state.num_input_tokens_seen += int(num_tokens)
+        return batches, int(num_targets)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The last stop before the optimizer's step, with the step's loss complete and its gradients reduced."""
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))  # pyright: ignore[reportArgumentType]
+        [loss] = self._over_ranks([self._step_loss.item()])
+        self._step_loss.zero_()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NotFinite(f"loss {loss}, gradient norm {norm} at step {self.state.global_step + 1}")
+        return norm
+
+    def _over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks."""
+        if self.args.world_size == 1:
+            return list(values)
+        total: Any = self.accelerator.reduce(
+            torch.tensor(values, dtype=torch.float64, device=self.args.device), reduction="sum"
+        )
+        return total.tolist()
+
+    # -- held-out loss, metrics
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out losses per target, exact over batches of any size; ranks share the batches."""
+        begun = time.perf_counter()
+        sums: dict[str, float] = {}
+        self.objective.eval()
+        with torch.no_grad():
+            for batch in self.heldout[self.args.process_index :: self.args.world_size]:
+                inputs = self._prepare_inputs(dict(batch))
+                outputs = self.objective(inputs) | {"targets": targets(inputs).sum()}
+                for name, value in outputs.items():
+                    sums[name] = sums.get(name, 0.0) + value.item()
+        totals = dict(zip(sums, self._over_ranks(list(sums.values())), strict=True))
+        num_targets = totals.pop("targets")
+        metrics = {f"eval_{name}": total / num_targets for name, total in totals.items()}
+        self.log(dict(metrics))
+        self._last_log += time.perf_counter() - begun  # speed is that of training
+        if not math.isfinite(metrics["eval_loss"]):
+            raise NotFinite(f"held-out loss {metrics['eval_loss']} at step {self.state.global_step}")
+        if self.state.global_step == 0:
+            self.state.best_metric = metrics["eval_loss"]  # what a checkpoint has to beat
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        # Whatever is judged is kept, so that the best one can be.
+        self.control.should_save = self.state.global_step > 0
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens, seconds and speed to what is logged, and a line to metrics.jsonl."""
+        now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
+        logs |= {"tokens": tokens, "seconds": self._seconds_before + now - self._started}
+        if "loss" in logs:
+            logs["tokens_per_second"] = (tokens - self._last_tokens) / max(now - self._last_log, 1e-9)
+            self._last_log, self._last_tokens = now, tokens
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json_lines(metric_lines(self.state.log_history[-1:])))
+
+    # -- checkpoints: whole or absent
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Clocks and metrics.jsonl follow the checkpoint: lines of steps that a kill undid are written again."""
+        counts = super()._init_training_state(*args, **kwargs)
+        history = self.state.log_history
+        self._last_log = self._started = time.perf_counter()
+        self._last_tokens = self.state.num_input_tokens_seen
+        self._seconds_before = history[-1]["seconds"] if history else 0.0
+        if self.is_world_process_zero():
+            write_text(self.metrics, json_lines(metric_lines(history)))
+        return counts
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        begun = time.perf_counter()
+        folder = Path(str(self.args.output_dir))
+        final = folder / f"checkpoint-{self.state.global_step}"
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        self.store_flos()
+        self.state.best_model_checkpoint = str(best) if self.state.best_global_step else None
+        if self.args.should_save:
+            # Weights in float32 and the two moments of AdamW, with a little room.
+            require_space(folder, 13 * sum(parameter.numel() for parameter in self.student.parameters()))
+        with staged(final) if self.args.should_save else contextlib.nullcontext() as aside:
+            place = [str(aside)]
+            if self.args.world_size > 1:
+                torch.distributed.broadcast_object_list(place)
+            self.save_model(place[0], _internal_call=True)
+            self._save_optimizer_and_scheduler(place[0])
+            self._save_scaler(place[0])
+            self._save_rng_state(place[0])
+            if self.args.should_save:
+                self.state.save_to_json(str(Path(place[0]) / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for other in set(folder.glob("checkpoint-*")) - {final, best}:
+                # Renamed first: a kill in the middle must not leave half a folder under a good name.
+                shutil.rmtree(other.rename(folder / f".{other.name}.old"))
+        self.accelerator.wait_for_everyone()
+        self._last_log += time.perf_counter() - begun
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The student alone, as stock transformers would save it."""
+        if self.args.should_save:
+            if state_dict is not None:  # gathered from shards, under the names of the wrapper
+                state_dict = {name.removeprefix("student."): value for name, value in state_dict.items()}
+            student: Any = self.student
+            student.save_pretrained(output_dir, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        missing = set(self.student.state_dict())
+        for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
+            result = self.student.load_state_dict(load_file(file), strict=False)
+            missing &= set(result.missing_keys)
+            assert not result.unexpected_keys, f"{file} holds {result.unexpected_keys}"
+        # Tied weights are stored once and loaded into the tensor they share.
+        assert missing <= {"lm_head.weight"}, f"{resume_from_checkpoint} lacks {sorted(missing)}"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the latest step, if there is any: a folder of that name is whole."""
+    return max(folder.glob("checkpoint-*"), key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step a checkpoint was saved after."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))

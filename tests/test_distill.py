@@ -1,0 +1,281 @@
+"""Distillation end to end on tiny models: the loss against whole logits, the guard, and real SIGKILLs."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import save_tiny, tiny_model
+from safetensors.torch import load_file
+from test_train import Rows, first_rows, lines, processes, settings
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from compressor import train as training
+from compressor.data import collate
+from compressor.distill import check_head, distill, distillation_loss
+from compressor.errors import UserError
+from compressor.teacher import load
+
+TEACHER = {"hidden_size": 72, "seed": 5, "vocab_size": 270}  # wider than the student, padded further
+STEPS = 12
+
+
+def heldout():
+    return [collate(first_rows(4, seed=9)), collate(first_rows(2, seed=8))]
+
+
+def run(folder, *, rows=None, **changes):
+    """Distill the student beside `folder` from the teacher beside it, in this process."""
+    return distill(
+        folder.parent / "student",
+        teacher=load(folder.parent / "teacher"),
+        batches=rows or Rows(),
+        heldout=heldout(),
+        settings=settings(
+            **({"tokens": 64 * STEPS + 40, "batch": 8, "micro_batch": 4, "eval_every": 2} | changes)
+        ),
+        folder=folder,
+        seed=3,
+        vocab=259,
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny(folder / "student")
+    save_tiny(folder / "teacher", **TEACHER)
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# -- the loss
+
+
+def documents(batch):
+    """The (ids, labels) of every document of a batch, on its own."""
+    for ids, labels, mask, positions in zip(
+        *(batch[key] for key in ("input_ids", "labels", "attention_mask", "position_ids")), strict=True
+    ):
+        length = int(mask.sum())
+        starts = [*(positions[:length] == 0).nonzero().flatten().tolist(), length]
+        for start, stop in zip(starts, starts[1:], strict=False):
+            yield ids[start:stop], labels[start:stop]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("temperature, ce_weight", [(1.0, 0.0), (2.0, 0.25)])
+def test_loss_over_packed_and_padded_rows_equals_whole_logits_of_each_document(tied, temperature, ce_weight):
+    student, teacher, vocab = tiny_model(tie_word_embeddings=tied), tiny_model(**TEACHER), 259
+    batch = collate(first_rows(5))
+    total = torch.zeros(())
+    for ids, labels in documents(batch):
+        counted = labels[1:] != -100
+        logits, target = (model(ids[None]).logits[0, :-1, :vocab][counted] for model in (student, teacher))
+        log_q, log_p = ((values / temperature).log_softmax(-1) for values in (logits, target.detach()))
+        kl = functional.kl_div(log_q, log_p, reduction="sum", log_target=True) * temperature**2
+        ce = functional.cross_entropy(logits, labels[1:][counted], reduction="sum")
+        total = total + (1 - ce_weight) * kl + ce_weight * ce
+    total.backward()
+    expected = {name: parameter.grad for name, parameter in student.named_parameters()}
+    student.zero_grad()
+    options = settings(temperature=temperature, ce_weight=ce_weight, chunk_tokens=3)
+    found = distillation_loss(teacher, settings=options, vocab=vocab)(student, batch)
+    torch.testing.assert_close(found.loss, total)
+    found.loss.backward()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, expected[name], rtol=1e-3, atol=1e-4 * float(expected[name].abs().max()), msg=name
+        )
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_same_model_has_nothing_to_learn():
+    loss = distillation_loss(tiny_model(), settings=settings())(tiny_model(), collate(first_rows(3)))
+    assert abs(float(loss.loss.detach())) < 1e-4
+    assert float(loss.parts["ce"]) > 10
+
+
+def test_heads_that_do_more_than_multiply_are_refused():
+    check_head(tiny_model())
+    with pytest.raises(UserError, match="logit scale"):
+        check_head(tiny_model("granite", logits_scaling=4.0))
+
+
+# -- the stage
+
+
+def test_teacher_is_frozen(models):
+    teacher = load(models / "teacher")
+    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in load(models / "teacher", dtype=torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
+
+
+def test_distillation_lowers_the_heldout_divergence(models, tmp_path):
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    before = contents(tmp_path / "student")
+    result = run(tmp_path / "checkpoints")
+    assert result.status == "ok" and not result.failed
+    assert result.best_heldout <= result.last_heldout < 0.97 * result.first_heldout
+    first = lines(tmp_path / "checkpoints")[0]
+    assert first["step"] == 0 and first["heldout_loss"] == first["heldout_kl"] == result.first_heldout
+    assert contents(tmp_path / "student") == before
+    best = AutoModelForCausalLM.from_pretrained(result.best_folder)
+    loss = distillation_loss(load(tmp_path / "teacher"), settings=settings(), vocab=259)
+    with torch.no_grad():
+        total = sum(float(loss(best, batch).loss) for batch in heldout())
+    assert total / sum(int(training.targets(batch).sum()) for batch in heldout()) == pytest.approx(
+        result.best_heldout, rel=1e-5
+    )
+    # Nothing pickled beside the stock files.
+    assert not {path.name for path in result.best_folder.iterdir()} & {
+        "pytorch_model.bin",
+        "training_args.bin",
+    }
+
+
+def test_worse_than_found_keeps_the_untouched_student(models, tmp_path):
+    """A student that is the teacher already can only lose at this learning rate."""
+    save_tiny(tmp_path / "teacher")
+    save_tiny(tmp_path / "student")
+    result = run(tmp_path / "checkpoints", tokens=200, warmup_steps=0, lr=1e-2)
+    assert result.status == "worse" and result.failed
+    assert result.best_folder == tmp_path / "student"
+    assert result.best_heldout == result.first_heldout < result.last_heldout
+    assert "worse than before" in result.describe() and "\n" not in result.describe()
+
+
+def test_not_finite_keeps_the_untouched_student(models, tmp_path):
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    result = run(tmp_path / "checkpoints", lr=1e30, warmup_steps=0, eval_every=50, save_every=50)
+    assert result.status == "not_finite" and result.steps < STEPS
+    assert result.best_folder == tmp_path / "student"
+    assert "not finite" in result.describe()
+
+
+# -- kills
+
+
+def session(folder, moment=None, save=0):
+    """One life of a run; `moment` names where in its save number `save` it kills itself."""
+    torch.set_num_threads(1)
+    count = {"saves": 0}
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(owner, name, before):
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            before(*args)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    def due(*_):
+        return count["saves"] == save
+
+    wrap(training.Trainer, "_save_checkpoint", lambda *_: count.update(saves=count["saves"] + 1))
+    if moment == "weights written":
+        wrap(training.Trainer, "_save_optimizer_and_scheduler", lambda *_: due() and die())
+    elif moment == "before the rename":
+        wrap(
+            Path,
+            "rename",
+            lambda path, target: due() and Path(target).name.startswith("checkpoint") and die(),
+        )
+    elif moment == "half removed":
+
+        def remove_some(path, *_):
+            if due() and Path(path).name.endswith(".old") and Path(path).exists():
+                (Path(path) / "trainer_state.json").unlink()
+                die()
+
+        wrap(shutil, "rmtree", remove_some)
+    run(folder)
+
+
+def start(folder, *arguments):
+    process = processes().Process(target=session, args=(folder, *arguments))
+    process.start()
+    return process
+
+
+def outcome(folder):
+    """Everything that has to be the same bits: weights, optimizer, and the metrics but for their clocks."""
+    last = training.last_checkpoint(folder)
+    optimizer = torch.load(last / "optimizer.pt")["state"]
+    return last.name, load_file(last / "model.safetensors"), optimizer, lines(folder)
+
+
+def assert_same(found, expected):
+    assert found[0] == expected[0] == f"checkpoint-{STEPS}"
+    assert found[3] == expected[3]
+    assert all(torch.equal(found[1][name], weight) for name, weight in expected[1].items())
+    for index, state in expected[2].items():
+        assert all(torch.equal(found[2][index][name], value) for name, value in state.items())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(models):
+    process = start(models / "checkpoints")
+    process.join(300)
+    assert process.exitcode == 0
+    return outcome(models / "checkpoints")
+
+
+def test_kills_at_random_moments_end_in_the_same_bits(models, undisturbed, tmp_path):
+    shutil.copytree(models / "student", tmp_path / "student")
+    shutil.copytree(models / "teacher", tmp_path / "teacher")
+    folder, rng = tmp_path / "checkpoints", random.Random()
+    reached = []
+    for step in (1, 4, 8):
+        process = start(folder)
+        while process.is_alive():
+            written = lines(folder) if (folder / "metrics.jsonl").exists() else []
+            if written and written[-1]["step"] >= step:
+                time.sleep(rng.uniform(0, 0.15))
+                break
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        last = training.last_checkpoint(folder)
+        reached.append(int(last.name.split("-")[1]) if last else 0)
+    process = start(folder)
+    process.join(300)
+    assert process.exitcode == 0
+    assert 0 < reached[-1], f"no kill fell after a checkpoint: {reached}"
+    assert_same(outcome(folder), undisturbed)
+
+
+def test_kills_inside_a_save_leave_the_earlier_checkpoint(models, undisturbed, tmp_path):
+    shutil.copytree(models / "student", tmp_path / "student")
+    shutil.copytree(models / "teacher", tmp_path / "teacher")
+    folder = tmp_path / "checkpoints"
+    for moment, save, last in (
+        ("weights written", 2, "checkpoint-2"),
+        ("before the rename", 2, "checkpoint-4"),
+        ("half removed", 2, "checkpoint-8"),
+    ):
+        process = start(folder, moment, save)
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL, moment
+        assert training.last_checkpoint(folder).name == last, moment
+        assert any(path.name.startswith(".checkpoint-") for path in folder.iterdir()), moment
+    process = start(folder)
+    process.join(300)
+    assert process.exitcode == 0
+    assert not any(path.name.startswith(".checkpoint-") for path in folder.iterdir())
+    assert_same(outcome(folder), undisturbed)

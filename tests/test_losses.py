@@ -1,0 +1,270 @@
+"""The fused loss against float64 arithmetic written out plainly, and against finite differences."""
+
+import itertools
+
+import pytest
+import torch
+from models import tiny_model
+from torch.nn import functional
+
+from compressor.errors import UserError
+from compressor.losses import DIVERGENCES, fused_linear_divergence
+
+ROWS, WIDTH, TEACHER_WIDTH, VOCAB, IDS = 11, 6, 9, 23, 19  # heads padded from 19 real ids to 23 and 29
+
+
+def inputs(dtype=torch.float64, *, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    student = [normal(ROWS, WIDTH).requires_grad_(), normal(VOCAB, WIDTH).requires_grad_()]
+    teacher = [normal(ROWS, TEACHER_WIDTH), normal(VOCAB + 6, TEACHER_WIDTH)]
+    labels = torch.randint(IDS, (ROWS,), generator=generator)
+    return student, teacher, labels
+
+
+def plain_forward_kl(student, teacher, *, labels, temperature, ce_weight, vocab):
+    """The formula of distillation.md, in the inputs' precision, with whole logits."""
+    logits = student[0] @ student[1][:vocab].t()
+    target = (teacher[0] @ teacher[1][:vocab].t() / temperature).softmax(-1)
+    log_q = (logits / temperature).log_softmax(-1)
+    kl = (target * (target.log() - log_q)).sum() * temperature**2
+    ce = functional.cross_entropy(logits, labels, reduction="sum")
+    return (1 - ce_weight) * kl + ce_weight * ce, kl, ce
+
+
+REFERENCES = {"forward_kl": plain_forward_kl}
+
+
+def test_every_divergence_has_a_reference():
+    assert REFERENCES.keys() == DIVERGENCES.keys()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 64])
+@pytest.mark.parametrize(
+    "temperature, ce_weight", [(1.0, 0.0), (2.5, 0.0), (1.0, 0.3), (0.7, 0.6), (1.0, 1.0)]
+)
+@pytest.mark.parametrize("vocab", [None, IDS])
+def test_equals_the_plain_formula(divergence, chunk_tokens, temperature, ce_weight, vocab):
+    student, teacher, labels = inputs()
+    options = {"temperature": temperature, "ce_weight": ce_weight}
+    expected = REFERENCES[divergence](student, teacher, labels=labels, vocab=vocab or VOCAB, **options)
+    wanted = torch.autograd.grad(3.0 * expected[0], student)
+    found = fused_linear_divergence(
+        *student,
+        *teacher,
+        labels_N=labels,
+        divergence=divergence,
+        vocab=vocab,
+        chunk_tokens=chunk_tokens,
+        **options,
+    )
+    grads = torch.autograd.grad(3.0 * found.loss, student)
+    for ours, theirs in zip([*found, *grads], [*expected, *wanted], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature, ce_weight", [(1.0, 0.0), (1.7, 0.4)])
+def test_gradients_equal_finite_differences(divergence, temperature, ce_weight):
+    student, teacher, labels = inputs()
+
+    def loss():
+        options = {"temperature": temperature, "ce_weight": ce_weight, "vocab": IDS, "chunk_tokens": 4}
+        return fused_linear_divergence(
+            *student, *teacher, labels_N=labels, divergence=divergence, **options
+        ).loss
+
+    for values, grad in zip(student, torch.autograd.grad(loss(), student), strict=True):
+        numeric, step = torch.zeros_like(values), 1e-6
+        with torch.no_grad():
+            for index in itertools.product(*map(range, values.shape)):
+                kept = values[index].clone()
+                values[index] = kept + step
+                above = loss()
+                values[index] = kept - step
+                numeric[index] = (above - loss()) / (2 * step)
+                values[index] = kept
+        torch.testing.assert_close(grad, numeric, rtol=1e-6, atol=1e-7)
+
+
+def test_padded_ids_take_no_part():
+    student, teacher, labels = inputs()
+    with torch.no_grad():
+        student[1][IDS:] = 100.0
+        teacher[1][IDS:] = -100.0
+    parts = fused_linear_divergence(*student, *teacher, labels_N=labels, vocab=IDS)
+    expected = plain_forward_kl(
+        [student[0], student[1][:IDS]], teacher, labels=labels, temperature=1.0, ce_weight=0.0, vocab=IDS
+    )
+    torch.testing.assert_close(parts.loss, expected[0])
+    parts.loss.backward()
+    assert student[1].grad[:IDS].abs().sum() > 0
+    assert torch.equal(student[1].grad[IDS:], torch.zeros_like(student[1].grad[IDS:]))
+
+
+def test_same_distributions_lose_nothing_and_teacher_gets_no_gradient():
+    student, _, _ = inputs()
+    teacher = [values.detach().clone().requires_grad_() for values in student]
+    loss = fused_linear_divergence(*student, *teacher).loss
+    assert loss.abs() < 1e-12
+    loss.backward()
+    assert student[0].grad.abs().max() < 1e-12
+    assert teacher[0].grad is None and teacher[1].grad is None
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_float32_stays_close_to_float64(scale):
+    student, teacher, labels = inputs(scale=scale**0.5)
+    expected = plain_forward_kl(student, teacher, labels=labels, temperature=1.0, ce_weight=0.0, vocab=VOCAB)[
+        0
+    ]
+    wanted = torch.autograd.grad(expected, student)
+    narrow = [values.detach().float().requires_grad_() for values in student]
+    loss = fused_linear_divergence(*narrow, *[values.float() for values in teacher]).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(loss, narrow), wanted, strict=True):
+        assert (ours - theirs).norm() < 2e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_keeps_sums_and_softmax_in_float32(autocast):
+    """Inputs exact in bf16; what is left is one rounding of logits and products, not of sums over chunks."""
+    student, teacher, labels = inputs(torch.bfloat16)
+    exact = [values.detach().double().requires_grad_() for values in student]
+    expected = plain_forward_kl(
+        exact,
+        [values.double() for values in teacher],
+        labels=labels,
+        temperature=1.0,
+        ce_weight=0.25,
+        vocab=VOCAB,
+    )[0]
+    wanted = torch.autograd.grad(expected, exact)
+    if autocast:  # float32 weights, products in bf16
+        student = [values.detach().float().requires_grad_() for values in student]
+        teacher = [values.float() for values in teacher]
+    with torch.autocast("cpu", enabled=autocast, dtype=torch.bfloat16):
+        parts = fused_linear_divergence(*student, *teacher, labels_N=labels, ce_weight=0.25, chunk_tokens=2)
+    assert parts.loss.dtype == torch.float32
+    torch.testing.assert_close(parts.loss.double(), expected, rtol=5e-3, atol=0)
+    for ours, theirs, values in zip(torch.autograd.grad(parts.loss, student), wanted, student, strict=True):
+        assert ours.dtype == values.dtype
+        assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+
+
+def test_autocast_changes_the_products():
+    """Guards the test above: under autocast the products really are bf16."""
+    student, teacher, _ = inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = fused_linear_divergence(*student, *teacher).loss
+    assert rounded != fused_linear_divergence(*student, *teacher).loss
+
+
+def test_many_small_chunks_do_not_wear_the_head_gradient_down():
+    rows = 512
+    hidden = torch.ones(rows, 1, dtype=torch.bfloat16)
+    head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    teacher_head = torch.tensor([[0.0], [0.1]], dtype=torch.bfloat16)
+    fused_linear_divergence(hidden, head, hidden, teacher_head, chunk_tokens=1).loss.backward()
+    step = 0.5 - 1 / (
+        1 + torch.tensor(0.1).exp()
+    )  # one row's gradient; bf16 sums would stall near 256 of them
+    assert abs(head.grad[0, 0] / (rows * step) - 1) < 2e-2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_reach_a_model_through_its_head(tied):
+    """With tied embeddings the head's gradient and the embedding's meet in one tensor."""
+    model = tiny_model(tie_word_embeddings=tied)
+    ids = torch.randint(259, (2, 9), generator=torch.Generator().manual_seed(0))
+    teacher_hidden, teacher_head = torch.randn(18, 40), torch.randn(259, 40) * 0.3
+
+    def gradients(loss_of):
+        model.zero_grad()
+        hidden = model.model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        loss_of(hidden, model.lm_head.weight).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    fused = gradients(lambda h, w: fused_linear_divergence(h, w, teacher_hidden, teacher_head).loss)
+    plain = gradients(
+        lambda h, w: functional.kl_div(
+            (h @ w.t()).log_softmax(-1),
+            (teacher_hidden @ teacher_head.t()).log_softmax(-1),
+            reduction="sum",
+            log_target=True,
+        )
+    )
+    assert ("lm_head.weight" in fused) is not tied
+    for name, grad in plain.items():
+        torch.testing.assert_close(
+            fused[name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()), msg=name
+        )
+
+
+def test_gradients_accumulate_over_calls():
+    student, teacher, _ = inputs()
+    fused_linear_divergence(*student, *teacher).loss.backward()
+    once = [values.grad.clone() for values in student]
+    fused_linear_divergence(*student, *teacher).loss.backward()
+    for values, grad in zip(student, once, strict=True):
+        torch.testing.assert_close(values.grad, 2 * grad)
+
+
+def test_no_rows_is_zero_with_zero_gradients():
+    student, teacher, labels = inputs()
+    parts = fused_linear_divergence(
+        student[0][:0], student[1], teacher[0][:0], teacher[1], labels_N=labels[:0]
+    )
+    assert [float(value) for value in parts] == [0, 0, 0]
+    parts.loss.backward()
+    assert torch.equal(student[1].grad, torch.zeros_like(student[1]))
+
+
+def test_no_tensor_of_rows_times_vocabulary_is_made():
+    """Every tensor that the forward and backward allocate, counted by torch's own dispatcher."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    rows, vocab, chunk = 64, 1000, 8
+    largest = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest.extend(value.numel() for value in ([out] if isinstance(out, torch.Tensor) else []))
+            return out
+
+    student = [torch.randn(rows, 4, requires_grad=True), torch.randn(vocab, 4, requires_grad=True)]
+    teacher = [torch.randn(rows, 5), torch.randn(vocab, 5)]
+    with Largest():
+        fused_linear_divergence(*student, *teacher, chunk_tokens=chunk).loss.backward()
+    assert max(largest) == chunk * vocab
+
+
+def test_a_second_backward_is_refused():
+    student, teacher, _ = inputs()
+    loss = fused_linear_divergence(*student, *teacher).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"divergence": "forwardkl"}, "forward_kl"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"ce_weight": 1.5}, "ce_weight is 1.5"),
+        ({"ce_weight": 0.5}, "no labels"),
+        ({"vocab": 24}, "expected 1 to 23"),
+    ],
+)
+def test_settings_out_of_range_are_one_line(options, words):
+    student, teacher, _ = inputs()
+    with pytest.raises(UserError, match=words) as error:
+        fused_linear_divergence(*student, *teacher, **options)
+    assert "\n" not in str(error.value)
