@@ -41,6 +41,7 @@ format: install
 
 docs: install
 	$(BIN)/python -c "from compressor.cli import help_page; print(help_page(), end='')" > docs/commands.md
+	$(BIN)/python -c "from compressor.recipe import reference_page; print(reference_page(), end='')" > docs/recipe.md
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -1,8 +1,8 @@
 """Memory and time of the fused distillation loss against the plain one (two log_softmax, kl_div, backward).
 
-Every measurement runs in a fresh child process, plain and fused in turn: added memory is the peak resident set of
-one forward and backward minus what was resident just before, time is the median of the repeats that follow it.
-Only the ratios travel between machines. Linux only (/proc).
+Every measurement runs in a fresh child process, plain and fused in turn: added memory is the peak resident set
+of one forward and backward minus what was resident just before, time is the median of the repeats that follow
+it. Only the ratios travel between machines. Linux only (/proc).
     python benchmarks/fused_loss.py --tokens 2048 --vocab 128256 --hidden 512 --json
 """
 
@@ -53,9 +53,7 @@ def measure(name: str, *, tokens: int, vocab: int, hidden: int, repeats: int) ->
         loss.backward()
         return loss.item()
 
-    (
-        torch.ones(256, 256, requires_grad=True) @ torch.ones(256, 256)
-    ).sum().backward()  # wake threads and autograd
+    (torch.ones(256, 256, requires_grad=True) @ torch.ones(256, 256)).sum().backward()  # wake threads and autograd
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     loss = step()
@@ -70,9 +68,7 @@ def measure(name: str, *, tokens: int, vocab: int, hidden: int, repeats: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048, help="rows that count in the loss")
     parser.add_argument("--vocab", type=int, default=128256, help="ids of the vocabulary")
     parser.add_argument("--hidden", type=int, default=512, help="width of both models")
@@ -109,7 +105,8 @@ def main() -> None:
         return
     for name, values in report.items():
         print(
-            f"{name:6} adds {values['added_bytes'] / 1e9:.3f} GB, {values['seconds']:.2f} s, loss {values['loss']:.6g}"
+            f"{name:6} adds {values['added_bytes'] / 1e9:.3f} GB, {values['seconds']:.2f} s, "
+            f"loss {values['loss']:.7g}, gradient norm {values['grad_norm']:.7g}"
         )
     print(f"fused / plain: memory {ratio['added_bytes']:.3f}, time {ratio['seconds']:.2f}")
 

@@ -180,6 +180,7 @@ def benchmark(folder: Path, *, rounds: int, layers: int | None) -> dict[str, Any
         "input_bytes": made["input_bytes"],
         "output_bytes": runs["surgery"][0]["output_bytes"],
         "rounds": {run: [round(result["seconds"], 2) for result in results] for run, results in runs.items()},
+        "cpu_seconds": {run: [result["cpu_seconds"] for result in results] for run, results in runs.items()},
         "teacher": TEACHER,
         "student": STUDENT,
         "layers": layers or "all",
@@ -199,7 +200,9 @@ def main() -> None:
     if options.run:
         result = RUNS[options.run](options.source, options.out, options.layers)
         unit = 1 if sys.platform == "darwin" else 1024
-        result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        result["peak_rss_bytes"] = usage.ru_maxrss * unit
+        result["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 2)
         print(json.dumps(result))
         return
     with tempfile.TemporaryDirectory(prefix="surgery-", dir=options.dir) as folder:

@@ -1,0 +1,30 @@
+"""compressor: prune a language model to a size, distill it back to health, prove it.
+
+What a command does, one function here does: `plan`, `distill`, `evaluate`, `package` (see compressor.pipeline).
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressor.pipeline import distill, evaluate, package, plan
+
+__all__ = ["distill", "evaluate", "package", "plan"]
+
+
+class _Package(ModuleType):
+    """Keeps `compressor.distill` the function: importing the room of that name would put itself in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in __all__:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in __all__:
+            return getattr(import_module("compressor.pipeline"), name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+sys.modules[__name__].__class__ = _Package

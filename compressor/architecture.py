@@ -85,9 +85,7 @@ def parse_target(text: str) -> Target:
     elif found := re.fullmatch(number + r"([kmg]i?b)@(\w+)", plain, flags):
         unit = next(size for name, size in UNITS.items() if name.lower() == found[2].lower())
         if found[3].lower() in BITS and float(found[1]) > 0:
-            return Target(
-                text=plain, kind="bytes", amount=floor(float(found[1]) * unit), precision=found[3].lower()
-            )
+            return Target(text=plain, kind="bytes", amount=floor(float(found[1]) * unit), precision=found[3].lower())
     elif "=" in plain:
         return Target(text=plain, kind="sizes", sizes=_parse_sizes(plain))
     elif plain.lower() in PUBLISHED:
@@ -107,9 +105,7 @@ def _parse_sizes(text: str) -> tuple[tuple[str, int], ...]:
                 "(KV heads, head_dim and the vocabulary stay the teacher's); remove it"
             )
         if not re.fullmatch(r"[1-9][0-9]*", value):
-            raise UserError(
-                f"target {text!r} has {key}={value!r}; expected a whole number of at least 1; correct it"
-            )
+            raise UserError(f"target {text!r} has {key}={value!r}; expected a whole number of at least 1; correct it")
         if SIZES[key] in sizes:
             raise UserError(f"target {text!r} sets {key} twice; expected it once; remove one")
         sizes[SIZES[key]] = int(value)

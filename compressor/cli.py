@@ -26,11 +26,22 @@ app = typer.Typer(
 TARGET_HELP = "4b, 350m, 50%, 2GiB@int4, layers=16, hidden=3072,ffn=9216, or a published shape by name."
 WHAT_HELP = "A run folder, a model folder, a Hub id, or `demo`."
 
-Teacher = Annotated[str | None, typer.Option(metavar="MODEL", help="Hub id, folder, or `demo` (embedded). [default: meta-llama/Llama-3.1-8B]")]
+Teacher = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Hub id, folder, or `demo` (embedded). [default: meta-llama/Llama-3.1-8B]"),
+]
 Target = Annotated[str | None, typer.Option(metavar="SIZE", help=TARGET_HELP)]
-Data = Annotated[str | None, typer.Option(metavar="DATA", help="Hub dataset id, JSONL, text or parquet file, a folder of them, or `demo`.")]
-RecipeFile = Annotated[str | None, typer.Option("--recipe", metavar="YAML", help="A YAML recipe, or the name of a shipped one.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the recipe: section.key=value.")]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="DATA", help="Hub dataset id, JSONL, text or parquet file, a folder of them, or `demo`."),
+]
+RecipeFile = Annotated[
+    str | None, typer.Option("--recipe", metavar="YAML", help="A YAML recipe, or the name of a shipped one.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the recipe: section.key=value."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
@@ -69,10 +80,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """What would happen: shapes, bytes, memory, time. Needs only the teacher's config."""
-    from compressor import pipeline
-
     from rich.console import Console
 
+    from compressor import pipeline
     from compressor.plan import render
 
     planned = pipeline.plan(_recipe_values(teacher, target, data, recipe, settings))
@@ -110,7 +120,8 @@ def evaluate(
     what: Annotated[str, typer.Argument(help=WHAT_HELP)],
     against: Annotated[str | None, typer.Option(help="The teacher to compare with. [default: a run's own]")] = None,
     suite: Annotated[
-        list[str] | None, typer.Option(help="instruction, rag, tools, roleplay, or a FILE.jsonl of tasks; repeatable.")
+        list[str] | None,
+        typer.Option(help="instruction, rag, tools, roleplay, or a FILE.jsonl of tasks; repeatable."),
     ] = None,
     data: Data = None,
     prompts: Annotated[int, typer.Option(help="Tasks per skill.", min=1)] = 100,

@@ -1,7 +1,7 @@
-"""Offline distillation: the teacher's next-token distribution on real data, through one divergence, into `train`.
+"""Offline distillation: the teacher's next-token distribution on real data, one divergence, one training loop.
 
-Teacher and student read the same packed rows; their final hidden states at the target positions go to the fused
-loss (losses.py). The student must end better on held-out rows than it was found, or the result says otherwise.
+Teacher and student read the same packed rows; their final hidden states at the target positions go to the
+fused loss (losses.py). The student must end better on held-out rows than it was found, or the result says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .train import Batch, LossFunction, LossSum, hidden_states, targets, train
 
 @dataclass(frozen=True)
 class DistillResult:
-    """Held-out values are the distillation loss per target token; `best_folder` holds the weights to go on with."""
+    """Held-out values are the distillation loss per target; `best_folder` holds the weights to go on with."""
 
     status: str  # "ok"; "worse": the end is worse than the start; "not_finite": a loss was NaN or infinite
     first_heldout: float
@@ -43,12 +43,10 @@ class DistillResult:
         """One line for a summary or an error."""
         kept = f"kept {self.best_folder} (held-out loss {self.best_heldout:.4f})"
         if self.status == "not_finite":
-            return f"the loss was not finite after {self.steps} steps; expected a finite one; {kept}; lower distill.lr"
+            return f"loss not finite after {self.steps} steps; expected a finite one; {kept}; lower distill.lr"
         change = f"held-out loss {self.first_heldout:.4f} -> {self.last_heldout:.4f} in {self.steps} steps"
         if self.status == "worse":
-            return (
-                f"{change}: worse than before distillation; {kept}; lower distill.lr or raise distill.tokens"
-            )
+            return f"{change}: worse than before distillation; {kept}; lower distill.lr or raise distill.tokens"
         return f"{change}; {kept}"
 
 
@@ -65,12 +63,12 @@ def distill(
     metrics: Path | None = None,
     trust_remote_code: bool = False,
 ) -> DistillResult:
-    """Distill the student in `student_folder` from `teacher` (frozen, see teacher.load); checkpoints go to `folder`.
+    """Distill the student in `student_folder` from `teacher` (see teacher.load); checkpoints go to `folder`.
 
-    `batches`, `heldout`, `metrics` and `settings` (a recipe.Distill) are as in `train.train`; `vocab` is the number of real ids
-    (default: the smaller of the two heads), so that padded ids take no part. Resumes by itself after a kill.
-    Weights in the checkpoints are float32. Raises UserError for input that cannot be distilled; a student that comes
-    out worse is no error here but the status of the result.
+    `batches`, `heldout`, `metrics` and `settings` (a recipe.Distill) are as in `train.train`; `vocab` is the
+    number of real ids (default: the smaller of the two heads), so that padded ids take no part. Continues by
+    itself after a kill. Checkpoints are float32 and carry no tokenizer. Raises UserError for input that cannot be
+    distilled; a student that comes out worse is no error here but the status of the result.
     """
     student = load_model(student_folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     for model in (teacher, student):
@@ -99,7 +97,7 @@ def distill(
 
 
 def distillation_loss(teacher: nn.Module, *, settings: Any, vocab: int | None = None) -> LossFunction:
-    """The loss function for `train`: divergence to `teacher`, and cross-entropy where settings.ce_weight asks for it."""
+    """The loss function for `train`: divergence to `teacher`, mixed with cross-entropy by settings.ce_weight."""
 
     def loss(student: nn.Module, batch: Batch) -> LossSum:
         counted_BT = targets(batch)
@@ -145,6 +143,6 @@ def check_head(model: nn.Module) -> None:
         found = (hidden_states(model, batch) @ head_weight(model).t()).float()
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise UserError(
-            f"{type(model).__name__} changes its logits after the lm_head; expected hidden states times the head; "
-            "distill a model without a head bias, logit scale or soft cap"
+            f"{type(model).__name__} changes its logits after the lm_head; expected hidden states times the "
+            "head; distill a model without a head bias, logit scale or soft cap"
         )

@@ -185,9 +185,7 @@ class _Watch:
         count = len(self.layers)
         for size in block_sizes:
             if not 1 <= size <= count:
-                raise UserError(
-                    f"block size {size} does not fit {count} layers; expected 1 to {count}; correct it"
-                )
+                raise UserError(f"block size {size} does not fit {count} layers; expected 1 to {count}; correct it")
         self.block_sizes = sorted({1, *block_sizes})
         self.norms = [_Rows() for _ in range(count * len(points.norms) + 1)]
         self.ffn = [_Rows() for _ in range(count)]
@@ -289,9 +287,7 @@ def removal_loss(
     totals = {(int(first), int(stop)): 0.0 for first, stop in blocks}
     for first, stop in totals:
         if not 0 <= first <= stop <= len(layers):
-            raise UserError(
-                f"block {first}..{stop} is outside {len(layers)} layers; expected 0 <= first <= stop"
-            )
+            raise UserError(f"block {first}..{stop} is outside {len(layers)} layers; expected 0 <= first <= stop")
     tokens = 0
     with torch.inference_mode():
         for batch in batches:
@@ -308,9 +304,7 @@ def removal_loss(
                 if progress is not None:
                     progress(1)
     if tokens == 0:
-        raise UserError(
-            "the calibration data have no tokens to predict; expected rows of two or more; check --data"
-        )
+        raise UserError("the calibration data have no tokens to predict; expected rows of two or more; check --data")
     return {block: total / tokens for block, total in totals.items()}
 
 
@@ -339,9 +333,7 @@ def _loss_sum(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], target
     parts = zip(hidden_BTH[keep_BT].split(CHUNK), targets_BT[keep_BT].split(CHUNK), strict=True)
     head: Any = model.get_output_embeddings()
     losses = [
-        torch.nn.functional.cross_entropy(
-            head(hidden_NH).float(), targets_N.to(hidden_NH.device), reduction="sum"
-        )
+        torch.nn.functional.cross_entropy(head(hidden_NH).float(), targets_N.to(hidden_NH.device), reduction="sum")
         for hidden_NH, targets_N in parts
     ]
     return float(torch.stack(losses).double().sum()) if losses else 0.0

@@ -1,10 +1,10 @@
-"""Divergences between teacher and student, fused with their lm_heads: no tokens x vocabulary tensor is ever whole.
+"""Divergences between teacher and student, fused with their lm_heads: no tokens x vocabulary tensor is whole.
 
-Hidden states of both models go through their heads a few rows at a time. For each chunk the gradient with
-respect to the student's logits is formed in place in the forward pass and folded at once into the gradients of
-the student's hidden states and head, so memory is a few chunk x vocabulary buffers, reused for every chunk.
-Objective (Hinton et al. 2015; Minitron trains on the first term alone):
-    sum over rows of  (1 - ce_weight) * tau^2 * D(softmax(z_T / tau), softmax(z_S / tau)) + ce_weight * CE(z_S, label)
+Hidden states of both models go through their heads a few rows at a time. For each chunk the gradient with respect
+to the student's logits is formed in place in the forward pass and folded at once into the gradients of the
+student's hidden states and head, so memory is a few chunk x vocabulary buffers, reused for every chunk.
+The sum over rows (Hinton et al. 2015, arXiv 1503.02531; Minitron trains on the first term alone):
+    (1 - ce_weight) * tau^2 * D(softmax(z_T / tau), softmax(z_S / tau)) + ce_weight * CE(z_S, label)
 Shape suffixes: N rows, C rows of a chunk, D student width, E teacher width, V shared real ids.
 """
 
@@ -41,8 +41,8 @@ def forward_kl(log_q_CV: Tensor, log_p_CV: Tensor, scratch_CV: Tensor) -> Tensor
     return rows_C
 
 
-# A divergence takes the log-probabilities of student and teacher and a scratch buffer, all (C, V) and all its own
-# to overwrite. It returns the loss of each row (C,) and leaves dL/dz, z being the student's logits (already
+# A divergence takes the log-probabilities of student and teacher and a scratch buffer, all (C, V) and all its
+# own to overwrite. It returns the loss of each row (C,) and leaves dL/dz, z being the student's logits (already
 # divided by the temperature), in the first buffer.
 Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
 DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl}
@@ -63,16 +63,16 @@ def fused_linear_divergence(
 ) -> LossParts:
     """Sum of the distillation loss over N rows, with gradients for `student_ND` and `student_head_VD` only.
 
-    Rows are those that count: the caller drops padding and masked targets first (N = 0 gives zero). Heads may have
-    more rows than there are real ids, and not equally many; `vocab` (default: the smaller head) ids are shared, the
-    rest is left out of both softmaxes. Labels are ids below `vocab`. Softmax, divergence and sums are float32 (float64
-    for float64 inputs); matrix products use the inputs' precision, or autocast's where it is on.
+    Rows are those that count: the caller drops padding and masked targets first (N = 0 gives zero). Heads may
+    have more rows than there are real ids, and not equally many; `vocab` (default: the smaller head) ids are
+    shared, the rest is left out of both softmaxes. Labels are ids below `vocab`. Softmax, divergence and sums are
+    float32 (float64 for float64 inputs); matrix products use the inputs' precision, or autocast's where it is on.
 
     Raises UserError for an unknown divergence and for settings outside their range.
     """
     if divergence not in DIVERGENCES:
         raise UserError(
-            f"unknown divergence {divergence!r}; expected one of {', '.join(DIVERGENCES)}; choose one of those"
+            f"unknown divergence {divergence!r}; expected one of {', '.join(DIVERGENCES)}; choose one of them"
         )
     if not temperature > 0:
         raise UserError(f"temperature is {temperature}; expected more than 0; 1.0 is the usual choice")
@@ -89,9 +89,7 @@ def fused_linear_divergence(
         raise UserError("ce_weight is above 0 but there are no labels; pass labels or set ce_weight to 0")
     device = student_ND.device.type
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    options = _Options(
-        DIVERGENCES[divergence], float(temperature), float(ce_weight), vocab, chunk_tokens, product
-    )
+    options = _Options(DIVERGENCES[divergence], float(temperature), float(ce_weight), vocab, chunk_tokens, product)
     loss, kl, ce = _FusedLinearDivergence.apply(
         student_ND, student_head_VD, teacher_NE.detach(), teacher_head_WE.detach(), labels_N, options
     )
@@ -123,9 +121,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         # Autocast is already resolved in options.product; inside, it would round the float32 steps as well.
         autocast_off = (
-            torch.autocast(student_ND.device.type, enabled=False)
-            if options.product
-            else contextlib.nullcontext()
+            torch.autocast(student_ND.device.type, enabled=False) if options.product else contextlib.nullcontext()
         )
         with autocast_off:
             sums, ctx.grad_hidden_ND, ctx.grad_head_VD = _chunks(
@@ -146,9 +142,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.spent:
-            raise RuntimeError(
-                "the fused loss scales its gradients in place, so it can be backpropagated only once"
-            )
+            raise RuntimeError("the fused loss scales its gradients in place, so it can be backpropagated only once")
         ctx.spent = True
         grads = [ctx.grad_hidden_ND, ctx.grad_head_VD]
         # Our references go, so that autograd can take the buffers over as .grad without a copy.

@@ -41,8 +41,7 @@ def write_card(
     )
     parts += ["## Quality", markdown_table(["", *MODELS], model_rows(report))]
     parts.append(
-        "Skills are shares of exact successes with 95 % bootstrap intervals; "
-        "`pruned` is the model before distillation."
+        "Skills are shares of exact successes with 95 % bootstrap intervals; `pruned` is the model before distillation."
     )
     parts += ["## Shape", markdown_table(["", "teacher", "student"], shape_rows(report))]
     if recipe:
@@ -77,9 +76,7 @@ def check_checksums(folder: Path | str) -> int:
     try:
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(
-            f"{folder} has no {CHECKSUMS}; expected one; run compressor package on its run"
-        ) from error
+        raise UserError(f"{folder} has no {CHECKSUMS}; expected one; run compressor package on its run") from error
     wrong = []
     for line in lines:
         wanted, _, name = line.partition("  ")
@@ -92,11 +89,7 @@ def check_checksums(folder: Path | str) -> int:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [
-        f
-        for f in sorted(folder.rglob("*"))
-        if f.is_file() and f.name != CHECKSUMS and not f.name.startswith(".")
-    ]
+    return [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != CHECKSUMS and not f.name.startswith(".")]
 
 
 def _sha256(file: Path) -> str:
@@ -136,7 +129,6 @@ def push(folder: Path | str, repo: str, *, private: bool = True, token: str | No
         if secret := token or get_token():
             reason = reason.replace(secret, "***")
         raise UserError(
-            f"could not push to {repo}: {reason}; expected a repository you may write to; "
-            "log in with `hf auth login`"
+            f"could not push to {repo}: {reason}; expected a repository you may write to; log in with `hf auth login`"
         ) from None
     return f"{api.endpoint}/{repo}"

@@ -128,15 +128,15 @@ def surgery(job: Job) -> str:
 
 def distill_student(job: Job) -> str:
     """Train the pruned model to predict what the teacher predicts; the best checkpoint becomes the student."""
-    from compressor import distill as room
     from compressor import teacher
     from compressor.checkpoint import load_tokenizer
     from compressor.data import Blocks, check_same_tokens, heldout_batches
+    from compressor.distill import distill
 
     settings, context = job.recipe.distill, job.recipe.data.context
     tokenizer = job.tokenizer
     check_same_tokens(tokenizer, load_tokenizer(job.run.pruned))
-    result = room.distill(
+    result = distill(
         job.run.pruned,
         teacher=teacher.load(job.teacher.folder, trust_remote_code=job.recipe.trust_remote_code),
         batches=Blocks(job.source, tokenizer, context=context, **job.data),
@@ -179,9 +179,7 @@ def evaluate_all(job: Job) -> str:
 
     settings = job.recipe.evaluate
     tokenizer = job.tokenizer
-    heldout = text_batches(
-        job.source, tokenizer, context=job.recipe.data.context, tokens=settings.tokens, **job.data
-    )
+    heldout = text_batches(job.source, tokenizer, context=job.recipe.data.context, tokens=settings.tokens, **job.data)
     suites = _suites(None, tokenizer, prompts=settings.prompts, seed=job.recipe.seed)
     trust = job.recipe.trust_remote_code
     teacher = TorchRuntime(job.teacher.folder, batch_size=settings.batch_size, trust_remote_code=trust)
@@ -207,13 +205,13 @@ def evaluate_all(job: Job) -> str:
 
 def report(job: Job) -> str:
     """Write the report, the student's model card and its checksums."""
-    from compressor import package as room
     from compressor import report
+    from compressor.package import write_card, write_checksums
 
     status = (job.run.done("distill") or {})["status"]
     written = report.write(job.run.folder, status="done" if status == "ok" else status)
-    room.write_card(job.run.student, report=written, teacher=job.recipe.teacher, recipe=job.recipe.to_yaml())
-    room.write_checksums(job.run.student)
+    write_card(job.run.student, report=written, teacher=job.recipe.teacher, recipe=job.recipe.to_yaml())
+    write_checksums(job.run.student)
     return str(job.run.folder / "report.html")
 
 
@@ -231,9 +229,9 @@ STAGES: dict[str, Callable[[Job], str]] = {
 
 def plan(recipe: Recipe | dict[str, Any]) -> Plan:
     """What `distill` would do: shapes, bytes, memory, time. UserError for a bad recipe, teacher or target."""
-    from compressor import plan
+    from compressor.plan import plan
 
-    return plan.plan(_checked(recipe))
+    return plan(_checked(recipe))
 
 
 def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, say: Say = _quiet) -> dict[str, Any]:
@@ -320,22 +318,23 @@ def evaluate(
 
 
 def package(run_folder: Path | str, *, push: str | None = None, say: Say = _quiet) -> dict[str, Any]:
-    """Write card and checksums of a finished run's student again, and push it when asked: {"folder", "files", "url"}."""
-    from compressor import package as room
+    """Write a finished run's card and checksums again, and push its student if asked: {"folder", "files", "url"}."""
+    from compressor.package import CHECKSUMS, check_checksums, write_card, write_checksums
+    from compressor.package import push as upload
 
     run = _finished(Run(run_folder))
     values = recipes.load_values(str(run.recipe))
     with run.locked():
-        room.write_card(
+        write_card(
             run.student,
             report=read_json(run.report),
             teacher=values["teacher"],
             recipe=run.recipe.read_text(encoding="utf-8"),
         )
-        room.write_checksums(run.student)
-        files = room.check_checksums(run.student)
-        say(f"{files} files in {run.student} match {room.CHECKSUMS}")
-        url = room.push(run.student, push) if push else None
+        write_checksums(run.student)
+        files = check_checksums(run.student)
+        say(f"{files} files in {run.student} match {CHECKSUMS}")
+        url = upload(run.student, push) if push else None
     return {"folder": str(run.student), "files": files, "url": url}
 
 
@@ -363,12 +362,16 @@ def _open(run: Run, recipe: Recipe) -> None:
         saved = recipes.build(recipes.load_values(str(run.recipe)), origin=str(run.recipe))
         if changed := recipes.differences(saved, recipe):
             raise UserError(
-                f"{run.folder} was started with another recipe, different in {', '.join(changed)}; expected the same one "
-                "to resume; choose another --out or undo the change"
+                f"{run.folder} was started with another recipe, different in {', '.join(changed)}; expected the same "
+                "one to resume; choose another --out or undo the change"
             )
         return
     write_text(run.recipe, recipe.to_yaml())
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     run.note(versions=versions, seeds={"seed": recipe.seed})
 
 

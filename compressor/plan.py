@@ -170,9 +170,7 @@ def estimate(recipe: Any, *, teacher: Shape, student: Shape, rate: Rate) -> tupl
     )
 
 
-def distill_flops_per_token(
-    teacher: Shape, student: Shape, *, context: int, checkpointing: bool = False
-) -> int:
+def distill_flops_per_token(teacher: Shape, student: Shape, *, context: int, checkpointing: bool = False) -> int:
     """FLOPs of one distilled token: 6 N_student + 2 N_teacher, plus attention over `context` / 2 keys.
 
     N counts the weights of all matrices with lm_head. Gradient checkpointing runs the student's forward pass
@@ -373,9 +371,7 @@ def render(plan: Plan, console: Console) -> None:
         work = f"{stage.flops:.3g}" if stage.flops else "-"
         stages.add_row(stage.name, _bytes(stage.memory_bytes), work, _duration(stage.seconds), stage.note)
     total = sum(stage.flops for stage in plan.stages)
-    stages.add_row(
-        "in all", _bytes(plan.memory_bytes), f"{total:.3g}", _duration(plan.seconds), "largest; sums"
-    )
+    stages.add_row("in all", _bytes(plan.memory_bytes), f"{total:.3g}", _duration(plan.seconds), "largest; sums")
     console.print(stages)
     rate = plan.rate
     console.print(

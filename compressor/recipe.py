@@ -1,7 +1,7 @@
 """Recipe: every dial of a run, strict YAML in and out.
 
-One dial, `target`, decides the rest; a field left out takes a default that fits the teacher (`resolve`), and the resolved
-recipe is saved in the run folder before anything else happens. A stage is handed its own section and nothing more.
+One dial, `target`, decides the rest; a field left out takes a default that fits the teacher (`resolve`), and the
+resolved recipe is saved in the run folder before anything else happens. A stage is handed its own section only.
 """
 
 import difflib
@@ -27,7 +27,9 @@ class Section(BaseModel):
 class Data(Section):
     """What the student learns from."""
 
-    source: str | None = Field(None, description="Hub dataset id, JSONL, text or parquet file, a folder of them, or `demo`")
+    source: str | None = Field(
+        None, description="Hub dataset id, JSONL, text or parquet file, a folder of them, or `demo`"
+    )
     split: str = Field("train", description="split of a Hub dataset")
     context: int = Field(4096, gt=1, description="tokens per row")
     heldout_fraction: float = Field(0.01, gt=0, lt=0.5, description="share of the documents set aside, by hash")
@@ -46,7 +48,7 @@ class Importance(Section):
 
 
 class Distill(Section):
-    """How the student learns from the teacher: forward KL on logits, alone, as Minitron found best (arXiv 2408.11796)."""
+    """How the student learns from the teacher: forward KL on logits, alone, as in arXiv 2408.11796."""
 
     tokens: int = Field(100_000_000, gt=0, description="training budget in tokens")
     batch: int = Field(64, gt=0, description="rows per optimizer step, over all processes")
@@ -54,9 +56,11 @@ class Distill(Section):
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
     warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    temperature: float = Field(1.0, gt=0, description="softens teacher and student alike; the loss is scaled by its square")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    temperature: float = Field(
+        1.0, gt=0, description="softens teacher and student alike; the loss is scaled by its square"
+    )
     ce_weight: float = Field(0.0, ge=0, description="weight of cross-entropy on the data beside the KL divergence")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 elsewhere")
     gradient_checkpointing: bool = Field(False, description="trade a third more compute for the memory of activations")
@@ -80,7 +84,7 @@ class Recipe(Section):
 
     teacher: str = Field("meta-llama/Llama-3.1-8B", description="Hub id, folder, or `demo` (embedded)")
     target: str = Field(description="4b, 350m, 50%, 2GiB@int4, layers=16, hidden=3072,ffn=9216, or a published shape")
-    seed: int = 0
+    seed: int = Field(0, description="of shuffling, sampling and initialisation")
     trust_remote_code: bool = Field(False, description="run code that comes with the teacher's repository")
     data: Data = Field(default_factory=Data)  # pyright: ignore[reportArgumentType] - every field has a default
     importance: Importance = Field(default_factory=Importance)  # pyright: ignore[reportArgumentType]
@@ -106,6 +110,28 @@ def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 KEYS = _keys(Recipe)
 
 
+def reference_page() -> str:
+    """docs/recipe.md: every key, its default, and what it means."""
+    lines = [
+        "# Recipe keys",
+        "",
+        "Written by `make docs` from `compressor/recipe.py`; a test holds the two equal. A number that is not set is fitted to",
+        "the teacher and the target (see `resolve` there), so the defaults below are those of an 8B teacher.",
+        "",
+        "| key | default | meaning |",
+        "|---|---|---|",
+    ]
+    for key in KEYS:
+        section: type[BaseModel] = Recipe
+        *path, last = key.split(".")
+        for name in path:
+            section = section.model_fields[name].annotation  # pyright: ignore[reportAssignmentType] - a Section
+        field = section.model_fields[last]
+        default = "required" if field.is_required() else field.default
+        lines.append(f"| `{key}` | {default} | {field.description or ''} |")
+    return "\n".join(lines) + "\n"
+
+
 def _explain(error: ValidationError, origin: str) -> UserError:
     # a misspelt key first: it often is why another one is missing
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -119,7 +145,7 @@ def _explain(error: ValidationError, origin: str) -> UserError:
 
 
 def build(values: dict[str, Any], *, origin: str = "recipe") -> Recipe:
-    """A checked Recipe from nested values. UserError names the first bad key, and for an unknown key the nearest one."""
+    """A checked Recipe from nested values. UserError names the bad key, and the nearest to an unknown one."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -181,8 +207,8 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     """Fill every number that was not set by hand with one that fits the models; what was set stays.
 
     tokens: half a token per parameter of the student, as Minitron's short retraining (1.8B tokens for 4B), a million
-    at least. batch: so that there are 400 steps, also theirs, between 8 and 768 rows. lr: 1e-4 at hidden 4096, inversely
-    proportional to the hidden size (arXiv 2203.03466), 2e-3 at most.
+    at least. batch: so that there are 400 steps, also theirs, between 8 and 768 rows. lr: 1e-4 at hidden 4096,
+    inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most.
     """
     context = _chosen(recipe.data, "context", min(4096, max_positions))
     tokens = _chosen(recipe.distill, "tokens", max(1_000_000, student.parameters // 2))

@@ -1,7 +1,7 @@
 """The run folder: where every artifact lives, what is finished, and how files get there whole.
 
-A file or folder is written aside, synced and renamed, so a reader never meets half of one. A stage is marked in run.json
-only after its files are in place; whatever a crash leaves behind is redone from the last mark.
+A file or folder is written aside, synced and renamed, so a reader never meets half of one. A stage is marked in
+run.json only after its files are in place; whatever a crash leaves behind is redone from the last mark.
 """
 
 import fcntl
@@ -71,7 +71,9 @@ def staged(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         aside.rename(folder)
     except OSError as error:
-        raise UserError(f"could not write {folder}: {error.strerror or error}; free space or choose another --out") from error
+        raise UserError(
+            f"could not write {folder}: {error.strerror or error}; free space or choose another --out"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -100,13 +102,16 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = (self.folder / ".lock").open("a+")
         except OSError as error:
-            raise UserError(f"could not use {self.folder} as a run folder: {error.strerror}; choose another --out") from error
+            raise UserError(
+                f"could not use {self.folder} as a run folder: {error.strerror}; choose another --out"
+            ) from error
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(
-                    f"another process is working in {self.folder}; expected to be alone; wait for it or choose another --out"
+                    f"another process is working in {self.folder}; expected to be alone; "
+                    "wait for it or choose another --out"
                 ) from error
             yield
 
@@ -123,8 +128,12 @@ class Run:
         return self.read_facts()["stages"].get(stage)
 
     def mark(self, stage: str, *, started: float, **facts: Any) -> None:
-        """Mark a stage finished; call it only when its files are in place. `started` is time.monotonic() at its start."""
+        """Mark a stage finished, once its files are in place. `started` is time.monotonic() at its start."""
         known = self.read_facts()
         finished = datetime.now(UTC).isoformat(timespec="seconds")
-        known["stages"][stage] = {"seconds": round(time.monotonic() - started, 2), "finished": finished, **facts}
+        known["stages"][stage] = {
+            "seconds": round(time.monotonic() - started, 2),
+            "finished": finished,
+            **facts,
+        }
         write_json(self.facts, known)

@@ -150,9 +150,7 @@ class TorchRuntime:
         prompts = [prompt_ids(conversation, self.tokenizer) for conversation in conversations]
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < self.context]
         if len(fitting) < len(prompts):
-            log.warning(
-                "%d conversations exceed the context of %d tokens", len(prompts) - len(fitting), self.context
-            )
+            log.warning("%d conversations exceed the context of %d tokens", len(prompts) - len(fitting), self.context)
         fitting.sort(key=lambda i: len(prompts[i]))
         answers: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(fitting), self.batch_size):
@@ -208,9 +206,7 @@ class TorchRuntime:
             if len(going) > 4 and 4 * int(going.sum()) <= 3 * len(going):
                 kept = going.nonzero().flatten()
                 cache.batch_select_indices(kept)
-                rows, tokens_B, mask_BT, positions_BT = (
-                    x[kept] for x in (rows, tokens_B, mask_BT, positions_BT)
-                )
+                rows, tokens_B, mask_BT, positions_BT = (x[kept] for x in (rows, tokens_B, mask_BT, positions_BT))
                 going = going[kept]
             ids_BT = tokens_B.unsqueeze(1)
 

@@ -56,9 +56,7 @@ class Shape:
         for name in CONFIG_KEYS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(
-                    f"{name} is {value!r}; a model needs a whole number of at least 1; correct the size"
-                )
+                raise UserError(f"{name} is {value!r}; a model needs a whole number of at least 1; correct the size")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"{self.num_heads} heads do not share {self.num_kv_heads} KV heads evenly; "
@@ -66,8 +64,7 @@ class Shape:
             )
         if self.head_dim % 2:
             raise UserError(
-                f"head_dim is {self.head_dim}; rotary position embeddings turn channels in pairs; "
-                "use an even head_dim"
+                f"head_dim is {self.head_dim}; rotary position embeddings turn channels in pairs; use an even head_dim"
             )
         if row.hidden_divides_by_heads and self.hidden % self.num_heads:
             raise UserError(
@@ -109,9 +106,7 @@ class Shape:
         Raises UserError for another precision.
         """
         if precision not in BITS:
-            raise UserError(
-                f"precision {precision!r} is not known; known are {', '.join(BITS)}; use one of these"
-            )
+            raise UserError(f"precision {precision!r} is not known; known are {', '.join(BITS)}; use one of these")
         return -(-self.parameters * BITS[precision] // 8)
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
@@ -233,11 +228,7 @@ def _layer_types(base: Mapping[str, Any]) -> list[str] | None:
     types = base.get("layer_types")
     if types is not None:
         return list(types)
-    if (
-        base.get("use_sliding_window")
-        and base.get("sliding_window") is not None
-        and "max_window_layers" in base
-    ):
+    if base.get("use_sliding_window") and base.get("sliding_window") is not None and "max_window_layers" in base:
         first = base["max_window_layers"]
         count = base["num_hidden_layers"]
         return ["sliding_attention" if i >= first else "full_attention" for i in range(count)]

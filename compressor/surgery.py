@@ -80,9 +80,7 @@ def _heads(scores: torch.Tensor, teacher: Shape, student: Shape) -> Ids:
     groups = scores.view(teacher.num_kv_heads, per_group)
     best = [_top(group, keep) for group in groups]
     strength = groups.sort(dim=1, descending=True).values[:, :keep].sum(dim=1)
-    return tuple(
-        group * per_group + head for group in _top(strength, student.num_kv_heads) for head in best[group]
-    )
+    return tuple(group * per_group + head for group in _top(strength, student.num_kv_heads) for head in best[group])
 
 
 def _layers(scores: Scores, count: int, keep: int) -> Ids:
@@ -90,9 +88,7 @@ def _layers(scores: Scores, count: int, keep: int) -> Ids:
     if size == 0:
         return tuple(range(count))
     if keep < 2:
-        raise UserError(
-            f"cannot keep {keep} layer; expected at least 2, the first and the last; raise the target"
-        )
+        raise UserError(f"cannot keep {keep} layer; expected at least 2, the first and the last; raise the target")
     firsts = range(1, count - size)
     if all((first, first + size) in scores.removal for first in firsts):
         cost = [scores.removal[first, first + size] for first in firsts]
@@ -202,9 +198,7 @@ def verify(folder: Path, shape: Shape) -> None:
     model, info = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
-            raise CheckFailed(
-                f"{folder} reloads with {what.replace('_', ' ')}: {sorted(map(str, info[what]))[:3]}"
-            )
+            raise CheckFailed(f"{folder} reloads with {what.replace('_', ' ')}: {sorted(map(str, info[what]))[:3]}")
     count = sum(parameter.numel() for parameter in model.parameters())
     if count != shape.parameters:
         raise CheckFailed(f"{folder} reloads with {count} parameters; its shape has {shape.parameters}")
@@ -263,9 +257,7 @@ def _same(source: Checkpoint, first: str, second: str) -> bool:
     step = max(1, CHUNK_BYTES * one.shape[0] // max(1, one.nbytes))
     starts = range(0, one.shape[0], step)
     ends = [min(start + step, one.shape[0]) for start in starts]
-    return all(
-        source.rows(first, a, b).equal(source.rows(second, a, b)) for a, b in zip(starts, ends, strict=True)
-    )
+    return all(source.rows(first, a, b).equal(source.rows(second, a, b)) for a, b in zip(starts, ends, strict=True))
 
 
 def _student_config(teacher: dict[str, Any], kept: Kept, shape: Shape) -> dict[str, Any]:

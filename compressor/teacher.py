@@ -20,15 +20,13 @@ def load(
 ) -> torch.nn.Module:
     """Load a teacher in eval mode with no parameter to train.
 
-    `dtype` defaults to bfloat16 on a GPU and float32 elsewhere, where half precision is slow or inexact; `device` to
-    the one this process trains on. Raises UserError for a broken checkpoint and for NaN weights.
+    `dtype` defaults to bfloat16 on a GPU and float32 elsewhere, where half precision is slow or inexact;
+    `device` to the one this process trains on. Raises UserError for a broken checkpoint and for NaN weights.
     """
     import torch
     from accelerate import PartialState
 
-    place = torch.device(device) if device is not None else PartialState().device
+    place = torch.device(device) if device is not None else torch.device(PartialState().device or "cpu")
     if dtype is None:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    return load_model(folder, dtype=dtype, device=place, trust_remote_code=trust_remote_code).requires_grad_(
-        False
-    )
+    return load_model(folder, dtype=dtype, device=place, trust_remote_code=trust_remote_code).requires_grad_(False)

@@ -12,7 +12,11 @@ _connect = socket.socket.connect
 
 
 def _only_loopback(self: socket.socket, address):
-    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+        "127.0.0.1",
+        "::1",
+        "localhost",
+    ):
         raise AssertionError(f"a test tried to reach {address}")
     return _connect(self, address)
 

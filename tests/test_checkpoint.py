@@ -80,9 +80,7 @@ def test_a_buffer_is_reused_and_may_be_larger(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("max_shard_bytes", [30_000, 10**9])
-def test_written_checkpoints_load_with_stock_transformers(
-    folder: Path, tmp_path: Path, max_shard_bytes: int
-) -> None:
+def test_written_checkpoints_load_with_stock_transformers(folder: Path, tmp_path: Path, max_shard_bytes: int) -> None:
     """Mixed dtypes too, one of odd length before a wider one: every tensor stays aligned."""
     source, out = Checkpoint(folder), tmp_path / "out"
     odd = torch.arange(5).to(torch.bfloat16)
@@ -92,9 +90,7 @@ def test_written_checkpoints_load_with_stock_transformers(
         halves = [value[: len(value) // 2], value[len(value) // 2 :]]
         tensors.append(Described(name, "F32", tuple(value.shape), lambda halves=halves: halves))
     seen: list[int] = []
-    write_checkpoint(
-        out, tensors, config=source.config, max_shard_bytes=max_shard_bytes, progress=seen.append
-    )
+    write_checkpoint(out, tensors, config=source.config, max_shard_bytes=max_shard_bytes, progress=seen.append)
     assert sum(seen) == 4 * source.shape.parameters + 10
     files = list(out.glob("*.safetensors"))
     assert (len(files) == 1) == (max_shard_bytes == 10**9)

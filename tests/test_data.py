@@ -44,9 +44,7 @@ def jsonl(path: Path, rows: list) -> Path:
 
 @pytest.fixture
 def texts(tmp_path) -> str:
-    return str(
-        jsonl(tmp_path / "texts.jsonl", [{"text": f"document {i} " + "x" * (i % 37)} for i in range(300)])
-    )
+    return str(jsonl(tmp_path / "texts.jsonl", [{"text": f"document {i} " + "x" * (i % 37)} for i in range(300)]))
 
 
 def everything(source: str, **options) -> list[dict]:
@@ -435,9 +433,7 @@ def test_calibration_rows_do_not_depend_on_batching(texts, tokenizer):
         for size in (1, 3, 10)
     }
     assert len(prints) == 1
-    batches = list(
-        data.calibration_batches(data.records(texts), tokenizer, samples=10, context=32, batch_size=4)
-    )
+    batches = list(data.calibration_batches(data.records(texts), tokenizer, samples=10, context=32, batch_size=4))
     assert [len(batch["input_ids"]) for batch in batches] == [4, 4, 2]
     fewer = data.calibration_batches(data.records(texts), tokenizer, samples=9, context=32)
     assert data.token_fingerprint(fewer) not in prints
@@ -449,9 +445,7 @@ def test_perplexity_text_prefers_plain_text_and_counts_its_bytes(tmp_path, token
     batches = data.text_batches(source, tokenizer, context=30, tokens=10_000, batch_size=4, fraction=1.0)
     text = "".join(tokenizer.decode(batch["input_ids"][batch["attention_mask"].bool()]) for batch in batches)
     assert "<|user|>" not in text
-    assert sum(int(batch["num_bytes"].sum()) for batch in batches) == sum(
-        len(r["text"].encode()) for r in rows[:50]
-    )
+    assert sum(int(batch["num_bytes"].sum()) for batch in batches) == sum(len(r["text"].encode()) for r in rows[:50])
     few = data.text_batches(source, tokenizer, context=30, tokens=40, batch_size=4, fraction=1.0)
     assert sum(len(batch["input_ids"]) for batch in few) == 2
     chats = str(jsonl(tmp_path / "chats.jsonl", [CHAT]))

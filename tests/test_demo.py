@@ -1,7 +1,7 @@
 """The embedded teacher and its domain: checkable, varied, train and test disjoint by construction."""
 
 import json
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ def test_every_task_is_checkable_and_its_own_answer_passes():
 def test_no_task_passes_with_the_answer_of_another():
     for skill in SKILLS:
         drawn = list(islice(tasks.generate(split="train", seed=5, mix={skill: 1}), 300))
-        wrong = sum(failures(a, b["answer"]) != [] for a, b in zip(drawn, drawn[1:], strict=False))
+        wrong = sum(failures(a, b["answer"]) != [] for a, b in pairwise(drawn))
         assert wrong > 0.85 * len(drawn), skill
 
 
@@ -75,7 +75,9 @@ def test_the_demo_reached_its_bar_when_it_was_trained():
 def test_the_template_shows_tools_and_every_role():
     tokenizer = load_tokenizer(DEMO_FOLDER)
     (task,) = tasks.suite("tools", 1)
-    text = tokenizer.apply_chat_template(task["messages"], tools=task["tools"], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        task["messages"], tools=task["tools"], tokenize=False, add_generation_prompt=True
+    )
     function = task["tools"][0]["function"]
     assert text.startswith("<s><|tool|>")
     assert f"{function['name']}(" in text

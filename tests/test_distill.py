@@ -1,5 +1,6 @@
 """Distillation end to end on tiny models: the loss against whole logits, the guard, and real SIGKILLs."""
 
+import itertools
 import os
 import random
 import shutil
@@ -36,9 +37,7 @@ def run(folder, *, rows=None, **changes):
         teacher=load(folder.parent / "teacher"),
         batches=rows or Rows(),
         heldout=heldout(),
-        settings=settings(
-            **({"tokens": 64 * STEPS + 40, "batch": 8, "micro_batch": 4, "eval_every": 2} | changes)
-        ),
+        settings=settings(**({"tokens": 64 * STEPS + 40, "batch": 8, "micro_batch": 4, "eval_every": 2} | changes)),
         folder=folder,
         seed=3,
         vocab=259,
@@ -67,12 +66,12 @@ def documents(batch):
     ):
         length = int(mask.sum())
         starts = [*(positions[:length] == 0).nonzero().flatten().tolist(), length]
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in itertools.pairwise(starts):
             yield ids[start:stop], labels[start:stop]
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("temperature, ce_weight", [(1.0, 0.0), (2.0, 0.25)])
+@pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (2.0, 0.25)])
 def test_loss_over_packed_and_padded_rows_equals_whole_logits_of_each_document(tied, temperature, ce_weight):
     student, teacher, vocab = tiny_model(tie_word_embeddings=tied), tiny_model(**TEACHER), 259
     batch = collate(first_rows(5))
@@ -115,7 +114,8 @@ def test_heads_that_do_more_than_multiply_are_refused():
 
 def test_teacher_is_frozen(models):
     teacher = load(models / "teacher")
-    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in load(models / "teacher", dtype=torch.bfloat16).parameters()} == {
         torch.bfloat16
@@ -126,10 +126,12 @@ def test_distillation_lowers_the_heldout_divergence(models, tmp_path):
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     before = contents(tmp_path / "student")
     result = run(tmp_path / "checkpoints")
-    assert result.status == "ok" and not result.failed
+    assert result.status == "ok"
+    assert not result.failed
     assert result.best_heldout <= result.last_heldout < 0.97 * result.first_heldout
     first = lines(tmp_path / "checkpoints")[0]
-    assert first["step"] == 0 and first["heldout_loss"] == first["heldout_kl"] == result.first_heldout
+    assert first["step"] == 0
+    assert first["heldout_loss"] == first["heldout_kl"] == result.first_heldout
     assert contents(tmp_path / "student") == before
     best = AutoModelForCausalLM.from_pretrained(result.best_folder)
     loss = distillation_loss(load(tmp_path / "teacher"), settings=settings(), vocab=259)
@@ -150,16 +152,19 @@ def test_worse_than_found_keeps_the_untouched_student(models, tmp_path):
     save_tiny(tmp_path / "teacher")
     save_tiny(tmp_path / "student")
     result = run(tmp_path / "checkpoints", tokens=200, warmup_steps=0, lr=1e-2)
-    assert result.status == "worse" and result.failed
+    assert result.status == "worse"
+    assert result.failed
     assert result.best_folder == tmp_path / "student"
     assert result.best_heldout == result.first_heldout < result.last_heldout
-    assert "worse than before" in result.describe() and "\n" not in result.describe()
+    assert "worse than before" in result.describe()
+    assert "\n" not in result.describe()
 
 
 def test_not_finite_keeps_the_untouched_student(models, tmp_path):
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     result = run(tmp_path / "checkpoints", lr=1e30, warmup_steps=0, eval_every=50, save_every=50)
-    assert result.status == "not_finite" and result.steps < STEPS
+    assert result.status == "not_finite"
+    assert result.steps < STEPS
     assert result.best_folder == tmp_path / "student"
     assert "not finite" in result.describe()
 
@@ -256,7 +261,7 @@ def test_kills_at_random_moments_end_in_the_same_bits(models, undisturbed, tmp_p
     process = start(folder)
     process.join(300)
     assert process.exitcode == 0
-    assert 0 < reached[-1], f"no kill fell after a checkpoint: {reached}"
+    assert reached[-1] > 0, f"no kill fell after a checkpoint: {reached}"
     assert_same(outcome(folder), undisturbed)
 
 

@@ -56,9 +56,7 @@ def models(tmp_path_factory) -> tuple[TorchRuntime, TorchRuntime]:
 def batches(tmp_path_factory) -> list[dict]:
     path = tmp_path_factory.mktemp("text") / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"caf\u00e9 {i} " + "y" * (3 * i)}) + "\n" for i in range(9)))
-    return data.text_batches(
-        str(path), tiny_tokenizer(), context=24, tokens=10_000, batch_size=3, fraction=1.0
-    )
+    return data.text_batches(str(path), tiny_tokenizer(), context=24, tokens=10_000, batch_size=3, fraction=1.0)
 
 
 def plainly(student: TorchRuntime, teacher: TorchRuntime, batches: list[dict]) -> dict[str, float]:
@@ -149,9 +147,7 @@ SUITES = {
         }
         for i in range(4)
     ],
-    "rag": [
-        {"skill": "rag", "messages": [{"role": "user", "content": "end"}], "check": {"ends_with": "sea"}}
-    ],
+    "rag": [{"skill": "rag", "messages": [{"role": "user", "content": "end"}], "check": {"ends_with": "sea"}}],
 }
 
 

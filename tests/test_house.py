@@ -55,7 +55,11 @@ def imported_rooms(path: Path) -> set[str]:
 
 
 def sources() -> list[Path]:
-    return [path for path in sorted((ROOT / "compressor").rglob("*.py")) if path.name != "__init__.py" or room_of(path) != "__init__"]
+    return [
+        path
+        for path in sorted((ROOT / "compressor").rglob("*.py"))
+        if path.name != "__init__.py" or room_of(path) != "__init__"
+    ]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -103,7 +107,11 @@ def fenced_commands(document: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
+]
 
 
 def test_the_readme_shows_its_commands():
@@ -113,7 +121,8 @@ def test_the_readme_shows_its_commands():
 
 
 @pytest.mark.parametrize(
-    "command", sorted({c for d in DOCUMENTS for c in fenced_commands(d) if c.startswith(("compressor ", "make "))})
+    "command",
+    sorted({c for d in DOCUMENTS for c in fenced_commands(d) if c.startswith(("compressor ", "make "))}),
 )
 def test_documented_commands_exist_with_the_options_they_are_shown_with(command):
     words = shlex.split(command)
@@ -137,7 +146,9 @@ def test_documented_commands_exist_with_the_options_they_are_shown_with(command)
     [c for c in fenced_commands("README.md") if c.startswith("compressor plan") or c.endswith("--help")],
 )
 def test_planning_commands_of_the_readme_run(command):
-    done = subprocess.run([sys.executable, "-m", "compressor.cli", *shlex.split(command)[1:]], capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "compressor.cli", *shlex.split(command)[1:]], capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
@@ -153,7 +164,9 @@ def test_the_tree_in_the_readme_is_true():
 
 def test_the_help_in_the_docs_is_the_help_of_the_program():
     from compressor.cli import help_page
+    from compressor.recipe import reference_page
 
+    assert (ROOT / "docs" / "recipe.md").read_text() == reference_page()
     assert (ROOT / "docs" / "commands.md").read_text() == help_page()
 
 

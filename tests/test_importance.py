@@ -116,9 +116,7 @@ def test_block_influence_of_contiguous_blocks() -> None:
     entered, left = {}, {}
     handles = []
     for i, layer in enumerate(model.model.layers):
-        handles.append(
-            layer.register_forward_pre_hook(lambda m, a, i=i: entered.setdefault(i, []).append(a[0][0]))
-        )
+        handles.append(layer.register_forward_pre_hook(lambda m, a, i=i: entered.setdefault(i, []).append(a[0][0])))
         handles.append(layer.register_forward_hook(lambda m, a, o, i=i: left.setdefault(i, []).append(o[0])))
     with torch.inference_mode():
         for length in LENGTHS:
@@ -197,9 +195,7 @@ def test_removal_loss_equals_a_model_without_those_layers(model_type) -> None:
             for length in LENGTHS:
                 if length > 1:
                     logits = model(input_ids=row(length)[None], use_cache=False).logits[0, :-1].double()
-                    total += float(
-                        torch.nn.functional.cross_entropy(logits, row(length)[1:], reduction="sum")
-                    )
+                    total += float(torch.nn.functional.cross_entropy(logits, row(length)[1:], reduction="sum"))
                     count += length - 1
         assert loss == pytest.approx(total / count, rel=1e-5)
         model.model.layers = torch.nn.ModuleList(layers)

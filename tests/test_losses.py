@@ -44,9 +44,7 @@ def test_every_divergence_has_a_reference():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 64])
-@pytest.mark.parametrize(
-    "temperature, ce_weight", [(1.0, 0.0), (2.5, 0.0), (1.0, 0.3), (0.7, 0.6), (1.0, 1.0)]
-)
+@pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (2.5, 0.0), (1.0, 0.3), (0.7, 0.6), (1.0, 1.0)])
 @pytest.mark.parametrize("vocab", [None, IDS])
 def test_equals_the_plain_formula(divergence, chunk_tokens, temperature, ce_weight, vocab):
     student, teacher, labels = inputs()
@@ -68,15 +66,13 @@ def test_equals_the_plain_formula(divergence, chunk_tokens, temperature, ce_weig
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temperature, ce_weight", [(1.0, 0.0), (1.7, 0.4)])
+@pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (1.7, 0.4)])
 def test_gradients_equal_finite_differences(divergence, temperature, ce_weight):
     student, teacher, labels = inputs()
 
     def loss():
         options = {"temperature": temperature, "ce_weight": ce_weight, "vocab": IDS, "chunk_tokens": 4}
-        return fused_linear_divergence(
-            *student, *teacher, labels_N=labels, divergence=divergence, **options
-        ).loss
+        return fused_linear_divergence(*student, *teacher, labels_N=labels, divergence=divergence, **options).loss
 
     for values, grad in zip(student, torch.autograd.grad(loss(), student), strict=True):
         numeric, step = torch.zeros_like(values), 1e-6
@@ -113,15 +109,14 @@ def test_same_distributions_lose_nothing_and_teacher_gets_no_gradient():
     assert loss.abs() < 1e-12
     loss.backward()
     assert student[0].grad.abs().max() < 1e-12
-    assert teacher[0].grad is None and teacher[1].grad is None
+    assert teacher[0].grad is None
+    assert teacher[1].grad is None
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_float32_stays_close_to_float64(scale):
     student, teacher, labels = inputs(scale=scale**0.5)
-    expected = plain_forward_kl(student, teacher, labels=labels, temperature=1.0, ce_weight=0.0, vocab=VOCAB)[
-        0
-    ]
+    expected = plain_forward_kl(student, teacher, labels=labels, temperature=1.0, ce_weight=0.0, vocab=VOCAB)[0]
     wanted = torch.autograd.grad(expected, student)
     narrow = [values.detach().float().requires_grad_() for values in student]
     loss = fused_linear_divergence(*narrow, *[values.float() for values in teacher]).loss
@@ -171,9 +166,7 @@ def test_many_small_chunks_do_not_wear_the_head_gradient_down():
     head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     teacher_head = torch.tensor([[0.0], [0.1]], dtype=torch.bfloat16)
     fused_linear_divergence(hidden, head, hidden, teacher_head, chunk_tokens=1).loss.backward()
-    step = 0.5 - 1 / (
-        1 + torch.tensor(0.1).exp()
-    )  # one row's gradient; bf16 sums would stall near 256 of them
+    step = 0.5 - 1 / (1 + torch.tensor(0.1).exp())  # one row's gradient; bf16 sums would stall near 256 of them
     assert abs(head.grad[0, 0] / (rows * step) - 1) < 2e-2
 
 
@@ -201,9 +194,7 @@ def test_gradients_reach_a_model_through_its_head(tied):
     )
     assert ("lm_head.weight" in fused) is not tied
     for name, grad in plain.items():
-        torch.testing.assert_close(
-            fused[name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()), msg=name
-        )
+        torch.testing.assert_close(fused[name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()), msg=name)
 
 
 def test_gradients_accumulate_over_calls():
@@ -217,9 +208,7 @@ def test_gradients_accumulate_over_calls():
 
 def test_no_rows_is_zero_with_zero_gradients():
     student, teacher, labels = inputs()
-    parts = fused_linear_divergence(
-        student[0][:0], student[1], teacher[0][:0], teacher[1], labels_N=labels[:0]
-    )
+    parts = fused_linear_divergence(student[0][:0], student[1], teacher[0][:0], teacher[1], labels_N=labels[:0])
     assert [float(value) for value in parts] == [0, 0, 0]
     parts.loss.backward()
     assert torch.equal(student[1].grad, torch.zeros_like(student[1]))
@@ -254,7 +243,7 @@ def test_a_second_backward_is_refused():
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    ("options", "words"),
     [
         ({"divergence": "forwardkl"}, "forward_kl"),
         ({"temperature": 0.0}, "temperature is 0"),

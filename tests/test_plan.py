@@ -99,14 +99,11 @@ def test_a_folder_without_config_is_one_line(tmp_path):
 
 def test_distillation_counts_six_and_two():
     teacher, student = shape_of("llama-3.1-8b"), shape_of("llama-3.1-minitron-4b-width")
-    matrices = [
-        shape.parameters - shape.vocab * shape.hidden - 65 * shape.hidden for shape in (teacher, student)
-    ]
+    matrices = [shape.parameters - shape.vocab * shape.hidden - 65 * shape.hidden for shape in (teacher, student)]
     counted = planning.distill_flops_per_token(teacher, student, context=0)
     assert counted == 6 * matrices[1] + 2 * matrices[0]
     assert (
-        planning.distill_flops_per_token(teacher, student, context=0, checkpointing=True)
-        == counted + 2 * matrices[1]
+        planning.distill_flops_per_token(teacher, student, context=0, checkpointing=True) == counted + 2 * matrices[1]
     )
     attention = 4 * 32 * 4096 * 2048
     assert planning.distill_flops_per_token(teacher, student, context=4096) - counted == 4 * attention

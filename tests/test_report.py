@@ -29,9 +29,7 @@ def result(score: float, *, teacher: bool = False) -> dict:
         "agreement": None if teacher else {"kl": 0.1 / score, "top1": score},
         "skills": {name: dict(entry) for name in report.SKILL_NAMES},
         "overall": dict(entry, n=400),
-        "samples": [
-            {"skill": "rag", "prompt": HOSTILE, "answer": HOSTILE + str(score), "passed": score > 0.5}
-        ],
+        "samples": [{"skill": "rag", "prompt": HOSTILE, "answer": HOSTILE + str(score), "passed": score > 0.5}],
     }
 
 

@@ -18,13 +18,23 @@ RIGHT_AND_WRONG = {
     "json": [({"age": 7}, '{"age": 7}', '{"age": "7"}'), ({"age": 7}, ' {"age":7}\n', "age 7")],
     "word_count": [(3, "The old lamp.", "The lamp."), (2, "mother-in-law's lamp", "mother in law's lamp")],
     "max_words": [(3, "The lamp.", "The lamp is old.")],
-    "repeat": [({"word": "key", "times": 2}, "Key key", "key key key"), ({"word": "key", "times": 2}, "key, key", "key lamp")],
+    "repeat": [
+        ({"word": "key", "times": 2}, "Key key", "key key key"),
+        ({"word": "key", "times": 2}, "key, key", "key lamp"),
+    ],
     "starts_with": [("Ahoy", "ahoy, I am Mara.", "I say ahoy")],
     "ends_with": [("so it goes", "I am Mara, so it goes!", "so it goes, I am Mara")],
     "ends_mark": [("!", "Yes! ", "Yes.")],
-    "contains": [(["Oslo"], "I live in OSLO.", "I live in Osloer"), (["so it goes"], "well, so it goes", "so it went")],
+    "contains": [
+        (["Oslo"], "I live in OSLO.", "I live in Osloer"),
+        (["so it goes"], "well, so it goes", "so it went"),
+    ],
     "excludes": [(["I"], "Mara lives here", "I live here")],
-    "cites": [([2], "In Oslo [2].", "In Oslo [1]."), ([2], "In Oslo [2]", "In Oslo [1][2]"), ([], "No.", "No [1].")],
+    "cites": [
+        ([2], "In Oslo [2].", "In Oslo [1]."),
+        ([2], "In Oslo [2]", "In Oslo [1][2]"),
+        ([], "No.", "No [1]."),
+    ],
     "refuses": [(True, "The passages do not tell.", "Oslo."), (False, "Oslo [1].", "I don't know.")],
     "calls": [
         (
@@ -32,7 +42,11 @@ RIGHT_AND_WRONG = {
             '<tool_call>{"name": "f", "arguments": {"n": 2}}</tool_call>',
             '<tool_call>{"name": "f", "arguments": {"n": "2"}}</tool_call>',
         ),
-        ([{"name": "f", "arguments": {}}], '{"name": "f", "parameters": {}}', '{"name": "g", "parameters": {}}'),
+        (
+            [{"name": "f", "arguments": {}}],
+            '{"name": "f", "parameters": {}}',
+            '{"name": "g", "parameters": {}}',
+        ),
         ([], "None of the functions can do that.", '{"name": "f", "arguments": {}}'),
         (
             [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}],
@@ -74,7 +88,10 @@ def test_no_checker_trips_over_an_odd_answer(answer):
         ('{"name": 3, "arguments": {}}', None),
         ('[{"name": "f", "arguments": []}]', None),
         ("[1] is what I cite", []),
-        ('Sure. <tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', [{"name": "f", "arguments": {"a": 1}}]),
+        (
+            'Sure. <tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
+            [{"name": "f", "arguments": {"a": 1}}],
+        ),
     ],
 )
 def test_calls_are_read_or_called_malformed(answer, calls):

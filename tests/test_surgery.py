@@ -86,15 +86,11 @@ def test_permutation_leaves_logits_unchanged(teacher: Path, tmp_path: Path) -> N
     )
     assert kept.heads != Kept.everything(shape).heads
     student = cut(teacher, tmp_path / "out", kept)
-    assert not torch.equal(
-        student.state_dict()["model.norm.weight"], load(teacher).state_dict()["model.norm.weight"]
-    )
+    assert not torch.equal(student.state_dict()["model.norm.weight"], load(teacher).state_dict()["model.norm.weight"])
     torch.testing.assert_close(logits(student), logits(load(teacher)), rtol=1e-4, atol=1e-4)
 
 
-def test_student_equals_dense_model_with_neurons_heads_and_layers_masked(
-    teacher: Path, tmp_path: Path
-) -> None:
+def test_student_equals_dense_model_with_neurons_heads_and_layers_masked(teacher: Path, tmp_path: Path) -> None:
     """Removed neurons: zero columns of down_proj; removed heads: zero columns of o_proj; layers: identity.
 
     Exact up to the order of summation, with biases in place, because nothing is normalised over these axes.
@@ -161,9 +157,7 @@ def test_every_tensor_is_index_selection_to_the_bit(tmp_path_factory, data) -> N
     folder = tmp_path_factory.mktemp("property")
     biases = data.draw(st.booleans())
     model = tiny_model("llama", attention_bias=biases, mlp_bias=biases).bfloat16()
-    model.save_pretrained(
-        folder / "teacher", max_shard_size=data.draw(st.sampled_from(["20KB", "60KB", "1GB"]))
-    )
+    model.save_pretrained(folder / "teacher", max_shard_size=data.draw(st.sampled_from(["20KB", "60KB", "1GB"])))
     full = dict(model.state_dict())
     source = Checkpoint(folder / "teacher")
     shape = resized(
@@ -220,9 +214,7 @@ def test_small_chunks_give_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_select_ranks_per_layer_and_within_kv_groups() -> None:
-    teacher = Shape(
-        family="llama", num_layers=3, hidden=8, ffn=4, num_heads=4, num_kv_heads=2, head_dim=4, vocab=9
-    )
+    teacher = Shape(family="llama", num_layers=3, hidden=8, ffn=4, num_heads=4, num_kv_heads=2, head_dim=4, vocab=9)
     scores = Scores(
         hidden=torch.tensor([0.0, 9, 1, 8, 2, 7, 3, 6]),
         ffn=torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1], [1, 1, 1, 1]]),
@@ -255,9 +247,7 @@ def test_multi_head_attention_loses_kv_heads_with_its_heads(tmp_path: Path) -> N
 
 
 def test_depth_drops_one_contiguous_block_by_removal_loss_then_block_influence() -> None:
-    teacher = Shape(
-        family="llama", num_layers=6, hidden=8, ffn=4, num_heads=4, num_kv_heads=2, head_dim=4, vocab=9
-    )
+    teacher = Shape(family="llama", num_layers=6, hidden=8, ffn=4, num_heads=4, num_kv_heads=2, head_dim=4, vocab=9)
     scores, student = Scores.random(teacher), resized(teacher, num_layers=4)
     scores.layers = torch.tensor([0.0, 5, 5, 1, 1, 0])
     assert select(scores, teacher, student).layers == (0, 1, 2, 5)
@@ -316,9 +306,7 @@ def test_config_generation_config_and_tokenizer_travel(tmp_path: Path) -> None:
     assert student.generation_config.eos_token_id == [1, 7]
     tokenizer, before = AutoTokenizer.from_pretrained(tmp_path / "out"), tiny_tokenizer()
     chat = [{"role": "user", "content": "hi"}]
-    assert tokenizer.apply_chat_template(chat, tokenize=False) == before.apply_chat_template(
-        chat, tokenize=False
-    )
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == before.apply_chat_template(chat, tokenize=False)
     assert tokenizer.encode("some text") == before.encode("some text")
 
 

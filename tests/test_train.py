@@ -120,15 +120,13 @@ def test_loss_and_gradients_do_not_depend_on_the_micro_batch(whole, tmp_path):
     result, weights, _ = whole
     split, split_weights = run(tmp_path, micro_batch=2)
     for name in ("loss", "grad_norm", "heldout_loss"):
-        torch.testing.assert_close(
-            values(split.history, name), values(result.history, name), rtol=2e-4, atol=0
-        )
+        torch.testing.assert_close(values(split.history, name), values(result.history, name), rtol=2e-4, atol=0)
     for name, weight in weights.items():
         torch.testing.assert_close(split_weights[name], weight, rtol=0, atol=2e-4, msg=name)
 
 
 def test_first_step_is_the_mean_over_its_targets(tmp_path):
-    """Loss and gradient norm of a step split in four equal those computed by hand over all eight rows at once."""
+    """Loss and gradient norm of a step split in four equal those computed by hand over all rows at once."""
     result, _ = run(tmp_path, micro_batch=2, tokens=100, warmup_steps=0, max_grad_norm=1e9)
     assert result.steps == 1
     model, batch = tiny_model(), collate(first_rows(8))
@@ -150,7 +148,8 @@ def test_heldout_loss_is_exact_over_unequal_batches(whole):
 
 def test_it_learns_counts_tokens_and_follows_the_schedule(whole):
     result, _, folder = whole
-    assert result.status == "ok" and result.last_heldout < result.first_heldout
+    assert result.status == "ok"
+    assert result.last_heldout < result.first_heldout
     steps = result.steps
     expected = sum(len(row["input_ids"]) for row in first_rows(8 * steps))
     assert result.tokens == expected
@@ -175,7 +174,8 @@ def test_checkpoint_is_a_stock_folder_with_the_trained_weights(whole):
     last = training.last_checkpoint(folder)
     assert last.name == f"checkpoint-{result.steps}"
     model, report = AutoModelForCausalLM.from_pretrained(last, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, weights[name]), name
 
@@ -190,11 +190,10 @@ def test_a_finished_run_is_read_not_trained_again(whole):
 
 def test_best_and_last_checkpoints_are_kept(tmp_path):
     """Trained far too hot, the end is worse than an earlier checkpoint, and says so."""
-    result, _ = run(
-        tmp_path, lr=0.5, min_lr=0.5, eval_every=1, save_every=1, warmup_steps=0, max_grad_norm=1e9
-    )
+    result, _ = run(tmp_path, lr=0.5, min_lr=0.5, eval_every=1, save_every=1, warmup_steps=0, max_grad_norm=1e9)
     heldout = values(result.history, "heldout_loss")
-    assert result.status == "worse" and heldout[-1] > heldout[0]
+    assert result.status == "worse"
+    assert heldout[-1] > heldout[0]
     best = int(heldout.argmin())
     assert result.best_heldout == pytest.approx(float(heldout.min()))
     kept = {path.name for path in tmp_path.glob("checkpoint-*")}
@@ -204,17 +203,18 @@ def test_best_and_last_checkpoints_are_kept(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path):
     result, weights = run(tmp_path, loss=poisoned_loss, rows=Rows(poison=8 * 5 + 3))
-    assert result.status == "not_finite" and result.steps == 5
+    assert result.status == "not_finite"
+    assert result.steps == 5
     assert result.best_folder == tmp_path / "checkpoint-4"
     assert all(bool(weight.isfinite().all()) for weight in weights.values())
     assert result.best_heldout < result.first_heldout
 
 
 def test_not_finite_from_the_start(tmp_path):
-    result, _ = run(
-        tmp_path, loss=lambda model, batch: LossSum(cross_entropy(model, batch).loss * math.nan, {})
-    )
-    assert result.status == "not_finite" and result.steps == 0 and result.best_folder is None
+    result, _ = run(tmp_path, loss=lambda model, batch: LossSum(cross_entropy(model, batch).loss * math.nan, {}))
+    assert result.status == "not_finite"
+    assert result.steps == 0
+    assert result.best_folder is None
     assert lines(tmp_path) == [{"step": 0, "tokens": 0, "heldout_loss": None}]  # JSON knows no NaN
 
 
@@ -237,9 +237,7 @@ def test_packed_documents_do_not_see_each_other(model_type):
     packed = {"input_ids": ids[None], "position_ids": torch.tensor([[*range(4), *range(7)]])}
     padded = {
         "input_ids": torch.stack([ids, functional.pad(ids[:4], (0, 7))]),
-        "position_ids": torch.stack(
-            [torch.tensor([*range(4), *range(7)]), functional.pad(torch.arange(4), (0, 7))]
-        ),
+        "position_ids": torch.stack([torch.tensor([*range(4), *range(7)]), functional.pad(torch.arange(4), (0, 7))]),
         "attention_mask": torch.tensor([[1] * 11, [1] * 4 + [0] * 7]),
     }
     with torch.no_grad():
@@ -283,7 +281,7 @@ def test_targets_leave_out_masked_labels_and_first_tokens():
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         ({"micro_batch": 3}, "multiple of 3"),
         ({"warmup_steps": 100}, "warm-up"),
@@ -310,9 +308,7 @@ def test_empty_data_is_one_line(tmp_path):
     with pytest.raises(UserError, match="training data is empty"):
         run(tmp_path, rows=Nothing())
     with pytest.raises(UserError, match="held-out data has no target"):
-        train(
-            tiny_model(), loss=cross_entropy, batches=Rows(), heldout=[], settings=settings(), folder=tmp_path
-        )
+        train(tiny_model(), loss=cross_entropy, batches=Rows(), heldout=[], settings=settings(), folder=tmp_path)
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
@@ -358,7 +354,7 @@ def rank(index, port, folder, queue):
 
 
 def test_two_processes_equal_one(whole, tmp_path):
-    """Data parallel with gloo: rows are shared out, the loss curve is that of one process at the same batch."""
+    """Data parallel with gloo: rows are shared out, the loss curve is one process's at the same batch."""
     context = processes()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

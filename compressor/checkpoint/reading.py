@@ -85,9 +85,7 @@ def _local(source: str) -> Path | None:
     if path.is_dir():
         return path
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(
-            f"{source} is not a folder; expected a model folder, a Hub id or demo; check the path"
-        )
+        raise UserError(f"{source} is not a folder; expected a model folder, a Hub id or demo; check the path")
     return None
 
 
@@ -152,9 +150,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self.config = read_config(self.folder)
         if self.config.get("quantization_config"):
-            raise UserError(
-                f"{self.folder} is quantized; expected bf16, fp16 or fp32 weights; use the original model"
-            )
+            raise UserError(f"{self.folder} is quantized; expected bf16, fp16 or fp32 weights; use the original model")
         self._stored: dict[str, Stored] = {}
         for file, promised in weight_files(self.folder).items():
             found = _read_header(self.folder / file)
@@ -178,9 +174,7 @@ class Checkpoint:
     def metadata(self, name: str) -> Stored:
         """dtype (safetensors name), shape, file and byte range of a tensor; UserError when there is none."""
         if name not in self._stored:
-            raise UserError(
-                f"{self.folder} holds no tensor {name}; expected it from config.json; check the checkpoint"
-            )
+            raise UserError(f"{self.folder} holds no tensor {name}; expected it from config.json; check the checkpoint")
         return self._stored[name]
 
     def width(self, name: str) -> int:
@@ -260,9 +254,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
             found[name] = Stored(entry["dtype"], shape, path, 8 + length + begin, stop - begin)
             end = max(end, stop)
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; expected a readable file; check it"
-        ) from error
+        raise UserError(f"cannot read {path}: {error.strerror}; expected a readable file; check it") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -284,9 +276,7 @@ def _read_into(view: memoryview, path: Path, offset: int) -> None:
                     raise UserError(_broken(path, f"it ends at byte {offset + done}"))
                 done += count
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; expected a readable file; check the disk"
-        ) from error
+        raise UserError(f"cannot read {path}: {error.strerror}; expected a readable file; check the disk") from error
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:
@@ -295,9 +285,7 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 
     # aminmax passes NaN on and costs a tenth of isfinite: no temporary
     if values.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(values)):
-        raise UserError(
-            f"{what} holds NaN or infinite weights; expected finite ones; download the model again"
-        )
+        raise UserError(f"{what} holds NaN or infinite weights; expected finite ones; download the model again")
 
 
 def load_model(
@@ -329,9 +317,7 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"no usable tokenizer in {folder} ({_first_line(error)}); expected tokenizer.json beside the "
@@ -343,9 +329,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; expected a readable file; check it"
-        ) from error
+        raise UserError(f"cannot read {path}: {error.strerror}; expected a readable file; check it") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); expected JSON; copy the file again") from error
 

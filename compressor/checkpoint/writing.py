@@ -100,9 +100,7 @@ def _write_shard(path: Path, tensors: list[Described], *, progress: Callable[[in
                 written += data.nbytes
                 if progress is not None:
                     progress(data.nbytes)
-            assert written == tensor.nbytes, (
-                f"{tensor.name}: {written} bytes written, {tensor.nbytes} described"
-            )
+            assert written == tensor.nbytes, f"{tensor.name}: {written} bytes written, {tensor.nbytes} described"
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -199,9 +199,7 @@ def heldout_batches(
     seed: int = 0,
 ) -> list[dict[str, torch.Tensor]]:
     """`heldout_rows`, collated in batches of at most `batch_size` rows."""
-    rows = heldout_rows(
-        source, tokenizer, context=context, limit=limit, split=split, fraction=fraction, seed=seed
-    )
+    rows = heldout_rows(source, tokenizer, context=context, limit=limit, split=split, fraction=fraction, seed=seed)
     return [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
 
 

@@ -111,9 +111,7 @@ def _chat(messages: list[dict], tools: list | None, tokenizer: Any, *, count_byt
     return Example(ids, trained, num_bytes, packs=False)
 
 
-def assistant_spans(
-    messages: list[dict], tools: list | None, tokenizer: Any
-) -> tuple[str, list[tuple[int, int]]]:
+def assistant_spans(messages: list[dict], tools: list | None, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation and the character ranges that the assistant wrote, end-of-turn mark included.
 
     A turn whose place cannot be found in the whole rendering (a template that rewrites earlier turns beyond
@@ -153,9 +151,7 @@ def _render(messages: list[dict], tools: list | None, tokenizer: Any, *, prompt:
     import jinja2
 
     try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=prompt
-        )
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
     except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TemplateError(reason) from error

@@ -79,9 +79,7 @@ def _raw_records(source: str, *, split: str) -> Iterator[tuple[str, Any]]:
         for file in files:
             yield from _read_file(file)
     elif path.suffix in READERS or source.startswith((".", "/", "~")):
-        raise UserError(
-            f"data file {source} does not exist; give a file, a folder, a Hub data set id or demo"
-        )
+        raise UserError(f"data file {source} does not exist; give a file, a folder, a Hub data set id or demo")
     else:
         yield from _read_hub(source, split=split)
 
@@ -89,8 +87,7 @@ def _raw_records(source: str, *, split: str) -> Iterator[tuple[str, Any]]:
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix not in READERS:
         raise UserError(
-            f"cannot read {path}: unknown kind {path.suffix or 'of file'}; "
-            f"expected one of {', '.join(READERS)}"
+            f"cannot read {path}: unknown kind {path.suffix or 'of file'}; expected one of {', '.join(READERS)}"
         )
     try:
         yield from READERS[path.suffix](path)
@@ -237,9 +234,7 @@ def _messages(raw: Record, place: str) -> list[Record]:
         if "from" in turn and "role" not in turn:
             role, content = SHAREGPT_ROLES.get(str(turn["from"])), turn.get("value")
             if role is None or not isinstance(content, str):
-                raise UserError(
-                    f'{where}: "from" must be one of {", ".join(SHAREGPT_ROLES)} and "value" a string'
-                )
+                raise UserError(f'{where}: "from" must be one of {", ".join(SHAREGPT_ROLES)} and "value" a string')
             messages.append({"role": role, "content": content})
             continue
         message = {key: value for key, value in turn.items() if value is not None}
@@ -247,9 +242,7 @@ def _messages(raw: Record, place: str) -> list[Record]:
             message.setdefault("content", "")
             message["tool_calls"] = [_call(call, where) for call in message["tool_calls"]]
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise UserError(
-                f'{where}: found the keys {", ".join(sorted(turn))}; expected "role" and "content" as text'
-            )
+            raise UserError(f'{where}: found the keys {", ".join(sorted(turn))}; expected "role" and "content" as text')
         messages.append(message)
     if all(message["role"] != "assistant" for message in messages):
         raise UserError(f"{place}: no message has the role assistant; there is nothing to learn from")

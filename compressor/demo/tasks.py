@@ -31,11 +31,24 @@ def _a(noun: str) -> str:
 
 
 def _task(
-    skill: str, about: list, prompt: str, answer: str, check: dict, *, system: str | None = None, tools: list | None = None
+    skill: str,
+    about: list,
+    prompt: str,
+    answer: str,
+    check: dict,
+    *,
+    system: str | None = None,
+    tools: list | None = None,
 ) -> Task:
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    task: Task = {"skill": skill, "messages": messages, "check": check, "answer": answer, "about": [skill, *about]}
+    task: Task = {
+        "skill": skill,
+        "messages": messages,
+        "check": check,
+        "answer": answer,
+        "about": [skill, *about],
+    }
     return task | ({"tools": tools} if tools else {})
 
 
@@ -49,8 +62,14 @@ CASES = {
 LAYOUTS = {
     "commas": (["separated by commas", "as a comma-separated list"], lambda items: ", ".join(items)),
     "hyphens": (["joined by hyphens", "with hyphens between them"], lambda items: "-".join(items)),
-    "numbered": (["as a numbered list"], lambda items: "\n".join(f"{i}. {w}" for i, w in enumerate(items, 1))),
-    "bullets": (["as a bullet list", "as a list with dashes"], lambda items: "\n".join(f"- {w}" for w in items)),
+    "numbered": (
+        ["as a numbered list"],
+        lambda items: "\n".join(f"{i}. {w}" for i, w in enumerate(items, 1)),
+    ),
+    "bullets": (
+        ["as a bullet list", "as a list with dashes"],
+        lambda items: "\n".join(f"- {w}" for w in items),
+    ),
     "json": (["as a JSON list", "as a JSON array"], json.dumps),
 }
 ORDERS = {
@@ -124,11 +143,17 @@ def _framed(rng: Random) -> Task:
     noun, edge = rng.sample(lex.NOUNS, 2)
     adjective = rng.choice(lex.ADJECTIVES)
     if rng.random() < 0.5:
-        phrasing = ["Write a sentence about the {} that ends with the word {}.", "End with {1} a sentence about the {0}."]
+        phrasing = [
+            "Write a sentence about the {} that ends with the word {}.",
+            "End with {1} a sentence about the {0}.",
+        ]
         answer, check = f"The {adjective} {noun} is near the {edge}.", {"ends_with": edge, "contains": [noun]}
     else:
-        edge = rng.choice(lex.DAYS + ["Today", "Perhaps", "Once", "Here", "Indeed"])
-        phrasing = ["Write a sentence about the {} that begins with {}.", "Start with {1} a sentence about the {0}."]
+        edge = rng.choice([*lex.DAYS, "Today", "Perhaps", "Once", "Here", "Indeed"])
+        phrasing = [
+            "Write a sentence about the {} that begins with {}.",
+            "Start with {1} a sentence about the {0}.",
+        ]
         answer, check = f"{edge} the {noun} is {adjective}.", {"starts_with": edge, "contains": [noun]}
     return _task("instruction", ["framed", noun, edge], rng.choice(phrasing).format(noun, edge), answer, check)
 
@@ -205,13 +230,48 @@ def roleplay(rng: Random) -> Task:
 
 # relation -> (values, the sentence, another way to say it, question phrasings)
 RELATIONS: dict[str, tuple[list[str], str, str, list[str]]] = {
-    "home": (lex.TOWNS, "{e} lives in {v}", "The home of {e} is in {v}", ["Where does {e} live?", "In which town does {e} live?"]),
-    "job": (lex.JOBS, "{e} works as a {v}", "By trade {e} is a {v}", ["What does {e} work as?", "What is the job of {e}?"]),
-    "pet": (lex.ANIMALS, "{e} keeps a {v}", "The pet of {e} is a {v}", ["Which animal does {e} keep?", "What pet does {e} have?"]),
-    "music": (lex.INSTRUMENTS, "{e} plays the {v}", "The instrument of {e} is the {v}", ["Which instrument does {e} play?", "What does {e} play?"]),
-    "food": (lex.FOODS, "{e} likes to eat {v}", "The favourite food of {e} is {v}", ["What does {e} like to eat?", "Which food does {e} like?"]),
-    "door": (lex.COLOURS, "{e} has a {v} door", "The door of {e} is {v}", ["What colour is the door of {e}?", "Which colour has the door of {e}?"]),
-    "day": (lex.DAYS, "{e} goes to market on {v}", "The market day of {e} is {v}", ["When does {e} go to market?", "On which day does {e} go to market?"]),
+    "home": (
+        lex.TOWNS,
+        "{e} lives in {v}",
+        "The home of {e} is in {v}",
+        ["Where does {e} live?", "In which town does {e} live?"],
+    ),
+    "job": (
+        lex.JOBS,
+        "{e} works as a {v}",
+        "By trade {e} is a {v}",
+        ["What does {e} work as?", "What is the job of {e}?"],
+    ),
+    "pet": (
+        lex.ANIMALS,
+        "{e} keeps a {v}",
+        "The pet of {e} is a {v}",
+        ["Which animal does {e} keep?", "What pet does {e} have?"],
+    ),
+    "music": (
+        lex.INSTRUMENTS,
+        "{e} plays the {v}",
+        "The instrument of {e} is the {v}",
+        ["Which instrument does {e} play?", "What does {e} play?"],
+    ),
+    "food": (
+        lex.FOODS,
+        "{e} likes to eat {v}",
+        "The favourite food of {e} is {v}",
+        ["What does {e} like to eat?", "Which food does {e} like?"],
+    ),
+    "door": (
+        lex.COLOURS,
+        "{e} has a {v} door",
+        "The door of {e} is {v}",
+        ["What colour is the door of {e}?", "Which colour has the door of {e}?"],
+    ),
+    "day": (
+        lex.DAYS,
+        "{e} goes to market on {v}",
+        "The market day of {e} is {v}",
+        ["When does {e} go to market?", "On which day does {e} go to market?"],
+    ),
 }
 FILLERS = ("Many people know it.", "It has long been so.", "The neighbours say so.", "Nobody is surprised.")
 
@@ -318,7 +378,12 @@ def prose(rng: Random) -> dict[str, str]:
 
 # --- streams and suites ---------------------------------------------------------------------------------------------
 
-GENERATORS: dict[str, Callable[..., Task]] = {"instruction": instruction, "roleplay": roleplay, "rag": rag, "tools": tools}
+GENERATORS: dict[str, Callable[..., Task]] = {
+    "instruction": instruction,
+    "roleplay": roleplay,
+    "rag": rag,
+    "tools": tools,
+}
 MIX = {"instruction": 28, "roleplay": 18, "rag": 28, "tools": 18, "prose": 8}
 
 
@@ -329,7 +394,9 @@ def split_of(record: dict[str, Any]) -> str:
     return "test" if int.from_bytes(digest[:4], "big") < TEST_SHARE * 2**32 else "train"
 
 
-def generate(*, split: str, seed: int, mix: dict[str, int] | None = None, most_passages: int = 4) -> Iterator[dict[str, Any]]:
+def generate(
+    *, split: str, seed: int, mix: dict[str, int] | None = None, most_passages: int = 4
+) -> Iterator[dict[str, Any]]:
     """Endless tasks (with their answers) and prose of one split, in the proportions of `mix`."""
     mix = mix or MIX
     rng = Random(f"{split}-{seed}")

@@ -163,7 +163,9 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), matrices in by_shape.items():
                 gradients = torch.stack([m.grad for m in matrices])
                 state = self.state[matrices[0]]
-                average = state.setdefault("momentum", torch.zeros_like(gradients)).lerp_(gradients, 1 - group["momentum"])
+                average = state.setdefault("momentum", torch.zeros_like(gradients)).lerp_(
+                    gradients, 1 - group["momentum"]
+                )
                 update = gradients.lerp(average, group["momentum"])
                 x = update.mT if rows > columns else update
                 x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -184,11 +186,17 @@ def exact(model, tokenizer, *, count: int, split: str, seed: int) -> dict[str, f
     for skill in SKILLS:
         suite = tasks.suite(skill, count, split=split, seed=seed)
         prompts = [
-            tokenizer.apply_chat_template(t["messages"], tools=t.get("tools"), tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                t["messages"], tools=t.get("tools"), tokenize=False, add_generation_prompt=True
+            )
             for t in suite
         ]
         encoded = tokenizer(
-            prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt",
+            prompts,
+            add_special_tokens=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
             return_token_type_ids=False,
         )
         with torch.inference_mode():
@@ -233,7 +241,10 @@ def train(out: Path, *, tokens: int, rows: int, lr: float, seed: int, check_ever
         total, weight_sum = total + loss.item(), weight_sum + w.sum().item()
         if step % 50 == 49:
             spent = time.monotonic() - started
-            print(f"{step + 1} {seen / 1e6:.2f}M {total / weight_sum:.4f} {seen / spent:.0f} tok/s {spent:.0f}s", flush=True)
+            print(
+                f"{step + 1} {seen / 1e6:.2f}M {total / weight_sum:.4f} {seen / spent:.0f} tok/s {spent:.0f}s",
+                flush=True,
+            )
             total = weight_sum = 0.0
         if seen // check_every > checked or seen >= tokens:
             checked = seen // check_every
@@ -244,7 +255,12 @@ def train(out: Path, *, tokens: int, rows: int, lr: float, seed: int, check_ever
             saved = build(tokenizer).to(torch.bfloat16)
             saved.load_state_dict(model.state_dict())
             saved.save_pretrained(out)
-            facts = {"tokens": seen, "steps": step + 1, "seconds": round(time.monotonic() - started), "seed": seed}
+            facts = {
+                "tokens": seen,
+                "steps": step + 1,
+                "seconds": round(time.monotonic() - started),
+                "seed": seed,
+            }
             (out / "training.json").write_text(json.dumps(facts | {"history": history}, indent=1) + "\n")
 
 

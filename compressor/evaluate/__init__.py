@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..runtime import Runtime
 
-Progress = Callable[
-    [str, int, int | None], None
-]  # what is measured, how much is done, of how much (None: unknown)
+Progress = Callable[[str, int, int | None], None]  # what is measured, how much is done, of how much (None: unknown)
 
 
 def evaluate(

@@ -68,10 +68,7 @@ def interval(groups: list[list[bool]], *, seed: int = 0) -> dict[str, Any]:
     rng = numpy.random.default_rng(seed)
     shares = [sum(group) / len(group) for group in groups]
     draws = numpy.mean(
-        [
-            rng.binomial(len(group), share, RESAMPLES) / len(group)
-            for group, share in zip(groups, shares, strict=True)
-        ],
+        [rng.binomial(len(group), share, RESAMPLES) / len(group) for group, share in zip(groups, shares, strict=True)],
         axis=0,
     )
     low, high = numpy.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -99,7 +99,7 @@ def _cites(answer: str, value: list[int]) -> bool:
 
 
 def parse_calls(answer: str) -> list[dict[str, Any]] | None:
-    """The function calls in an answer, each as {"name", "arguments"}; [] where it makes none, None where one is malformed.
+    """The calls in an answer, each as {"name", "arguments"}; [] where it makes none, None where one is malformed.
 
     Reads <tool_call> tags (Hermes, Qwen), bare JSON objects and lists of them (Llama 3.1 writes `parameters`).
     """
@@ -159,8 +159,10 @@ def validate(task: Any) -> None:
     if not isinstance(task, dict) or task.get("skill") not in SKILLS:
         raise UserError(f'a task needs "skill", one of {", ".join(SKILLS)}; got {str(task)[:80]}')
     messages = task.get("messages")
-    if not isinstance(messages, list) or not messages or not all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
     ):
         raise UserError('a task needs "messages": a list of {"role", "content"} objects')
     check = task.get("check")

@@ -58,9 +58,7 @@ def build(
     """The report as one JSON-ready dict; docs/report.md names every key."""
     missing = [model for model in MODELS if model not in evaluation]
     if missing:
-        raise UserError(
-            f"evaluation.json holds no {', '.join(missing)}; expected {', '.join(MODELS)}; evaluate again"
-        )
+        raise UserError(f"evaluation.json holds no {', '.join(missing)}; expected {', '.join(MODELS)}; evaluate again")
     models = {model: _model(evaluation[model]) for model in MODELS}
     stages = facts.get("stages", {})
     distilled = [line["tokens"] for line in metrics if "tokens" in line]
@@ -236,11 +234,7 @@ def model_rows(report: dict[str, Any]) -> list[list[str]]:
     ]
     for key, words in (("kl", "KL to the teacher (nats)"), ("top1", "same top token as the teacher")):
         rows.append([words, *(_agreed(model, key) for model in models)])
-    skills = [
-        name
-        for name in report["teacher"]["skills"]
-        if any(m["skills"].get(name, {}).get("n") for m in models)
-    ]
+    skills = [name for name in report["teacher"]["skills"] if any(m["skills"].get(name, {}).get("n") for m in models)]
     rows += [[skill, *(score(model["skills"][skill]) for model in models)] for skill in skills]
     if skills:
         rows.append(["all skills", *(score(model["overall"]) for model in models)])
@@ -267,9 +261,7 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str]]:
     if report["recovery"]["overall"] is not None:
         figures.append((percent(report["recovery"]["overall"]), "of the teacher's skill score"))
     if student["perplexity"] is not None:
-        figures.append(
-            (number(student["perplexity"], 4), f"perplexity (teacher {number(teacher['perplexity'], 4)})")
-        )
+        figures.append((number(student["perplexity"], 4), f"perplexity (teacher {number(teacher['perplexity'], 4)})"))
     if report["agreement"]["top1"] is not None:
         figures.append((percent(report["agreement"]["top1"]), "same top token as the teacher"))
     if report["tokens"]["distill"]:
@@ -299,9 +291,7 @@ def kept_lines(kept: dict[str, Any]) -> list[str]:
     """What was kept, one line per axis."""
     layers = kept["layers"]
     lines = [f"layers: {len(layers['kept'])} of {layers['of']} ({', '.join(map(str, layers['kept']))})"]
-    lines += [
-        f"{axis}: {kept[axis]['kept']:,} of {kept[axis]['of']:,}" for axis in ("hidden", "ffn", "heads")
-    ]
+    lines += [f"{axis}: {kept[axis]['kept']:,} of {kept[axis]['of']:,}" for axis in ("hidden", "ffn", "heads")]
     return lines
 
 

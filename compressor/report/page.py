@@ -117,8 +117,8 @@ def _models(report: dict[str, Any]) -> str:
     for row in rows:
         if recovered.get(row[0]) is not None:
             row[-1] = percent(recovered[row[0]])
-    note = "Skills: share of exact successes. Recovered: student / teacher."
-    return _table(["", *MODELS, "recovered"], rows) + f'<p class="note">{note}</p>'
+    note = "Skills: share of exact successes. Ratio: student / teacher, the share recovered."
+    return _table(["", *MODELS, "ratio"], rows) + f'<p class="note">{note}</p>'
 
 
 def _kept(kept: dict[str, Any]) -> str:
@@ -129,13 +129,9 @@ def _kept(kept: dict[str, Any]) -> str:
     for line, axis in zip(lines[1:], ("hidden", "ffn", "heads"), strict=True):
         strips = kept[axis]["strips"]
         names = ["all layers"] if axis == "hidden" else [f"layer {i}" for i in kept["layers"]["kept"]]
-        drawn = "".join(
-            _strip(name, strip, gap=axis == "heads") for name, strip in zip(names, strips, strict=True)
-        )
+        drawn = "".join(_strip(name, strip, gap=axis == "heads") for name, strip in zip(names, strips, strict=True))
         parts.append(f"<h3>{escape(line)}</h3>{drawn}")
-    note = (
-        "Each cell is a stretch of the axis; the fuller its colour, the larger the share of it that was kept."
-    )
+    note = "Each cell is a stretch of the axis; the fuller its colour, the larger the share of it that was kept."
     return "".join(parts) + f'<p class="note">{note}</p>'
 
 

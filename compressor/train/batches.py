@@ -34,9 +34,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     nor a cache is given; so padding is told by position ids too, never by a mask.
     """
     causal_lm: Any = model
-    output = causal_lm.get_decoder()(
-        input_ids=batch["input_ids"], position_ids=position_ids(batch), use_cache=False
-    )
+    output = causal_lm.get_decoder()(input_ids=batch["input_ids"], position_ids=position_ids(batch), use_cache=False)
     return output.last_hidden_state
 
 

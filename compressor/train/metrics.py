@@ -65,15 +65,11 @@ class Progress(TrainerCallback):
             self.bar.start()
             self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move on by a step."""
         self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Say what is known of speed and losses."""
         known = {key: value for line in metric_lines(state.log_history[-20:]) for key, value in line.items()}
         parts = [f"{known['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in known else []

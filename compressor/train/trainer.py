@@ -62,9 +62,7 @@ class Objective(nn.Module):
 class LastStepIsLogged(TrainerCallback):
     """The Trainer evaluates and saves after the last step whatever the intervals are; here it logs too."""
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a log line after the last step."""
         control.should_log |= state.global_step >= state.max_steps
 
@@ -85,7 +83,12 @@ class Trainer(transformers.Trainer):
         metrics: Path,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
-        self.objective, self.student, self.heldout, self.metrics = Objective(student, loss), student, heldout, metrics
+        self.objective, self.student, self.heldout, self.metrics = (
+            Objective(student, loss),
+            student,
+            heldout,
+            metrics,
+        )
         super().__init__(
             self.objective,
             arguments,

@@ -1,0 +1,139 @@
+"""Does each part of the recipe earn its place? One teacher, one target, equal tokens, four ways to the same shape.
+
+    python benchmarks/recovery.py --teacher DIR --data FILE --target 60% --target layers=3 --tokens 1000000
+
+Arms, after figure 6 of arXiv 2408.11796: importance-pruned with logit distillation (what `compressor distill` does),
+randomly pruned with the same distillation, the same shape from random weights with the same distillation, and
+importance-pruned with cross-entropy alone. The table gives held-out cross-entropy in nats per token, per seed.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from compressor import importance, surgery, teacher
+from compressor import recipe as recipes
+from compressor.architecture import choose, parse_target
+from compressor.checkpoint import Checkpoint, load_model, load_tokenizer
+from compressor.data import Blocks, calibration_batches, heldout_batches, records
+from compressor.distill import distillation_loss
+from compressor.scores import Scores
+from compressor.train import LossSum, targets, train
+
+ARMS = ("importance + KL", "random channels + KL", "random weights + KL", "importance + cross-entropy")
+
+
+def cross_entropy(student: Any, batch: dict[str, torch.Tensor]) -> LossSum:
+    """Plain next-token loss on the data: what the student learns where no teacher speaks."""
+    counted_BT = targets(batch)
+    logits_NV = student(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[:, :-1]
+    labels_N = batch["labels"][:, 1:][counted_BT]
+    ce = torch.nn.functional.cross_entropy(logits_NV[counted_BT], labels_N, reduction="sum")
+    return LossSum(ce, {"ce": ce.detach()})
+
+
+def scores_of(model: Any, source: Checkpoint, tokenizer: Any, recipe: recipes.Recipe, removed: int) -> Scores:
+    """The pipeline's own scores: one pass for the widths, perplexity on removal for the depth."""
+
+    def rows(samples: int) -> Any:
+        stream = records(str(recipe.data.source), fraction=recipe.data.heldout_fraction)
+        return calibration_batches(stream, tokenizer, samples=samples, context=recipe.data.context, batch_size=16)
+
+    scores = importance.measure(model, rows(recipe.importance.samples))
+    if removed:
+        blocks = importance.candidate_blocks(source.shape.num_layers, removed)
+        scores.removal = importance.removal_loss(model, rows(recipe.importance.depth_samples), blocks)
+    return scores
+
+
+def compare(source: Checkpoint, *, target: str, data: str, tokens: int, seeds: list[int], work: Path) -> dict[str, Any]:
+    """Train every arm from every seed and return held-out cross-entropy before and after, and along the way."""
+    shape = choose(parse_target(target), source.shape)
+    values = {"teacher": str(source.folder), "target": target, "data": {"source": data, "context": 256}}
+    values |= {"distill": {"tokens": tokens, "batch": 16, "micro_batch": 16}}
+    recipe = recipes.resolve(recipes.build(values), teacher=source.shape, student=shape, max_positions=512)
+    tokenizer, model = load_tokenizer(source.folder), teacher.load(source.folder)
+    section = {"context": 256, "fraction": recipe.data.heldout_fraction}
+    heldout = heldout_batches(data, tokenizer, limit=200, batch_size=16, **section)
+    with torch.no_grad():
+        sums = [cross_entropy(model, batch).loss.item() for batch in heldout]
+    teacher_ce = sum(sums) / sum(int(targets(batch).sum()) for batch in heldout)
+    scores = scores_of(model, source, tokenizer, recipe, source.shape.num_layers - shape.num_layers)
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for arm in ARMS:
+        for seed in seeds:
+            folder = work / f"{target}-{arm}-{seed}"
+            chosen = Scores.random(source.shape, seed) if arm.startswith("random channels") else scores
+            surgery.prune(source, folder / "start", kept=surgery.select(chosen, source.shape, shape), shape=shape)
+            student = load_model(folder / "start", dtype=torch.float32)
+            if arm.startswith("random weights"):
+                torch.manual_seed(seed)
+                student = AutoModelForCausalLM.from_config(student.config).float()
+            with_teacher = arm.endswith("KL")
+            result = train(
+                student,
+                loss=distillation_loss(model, settings=recipe.distill) if with_teacher else cross_entropy,
+                batches=Blocks(data, tokenizer, seed=seed, **section),
+                heldout=heldout,
+                settings=recipe.distill,
+                folder=folder / "checkpoints",
+                seed=seed,
+            )
+            curve = {line["tokens"]: line["heldout_ce"] for line in result.history if "heldout_ce" in line}
+            arms.setdefault(arm, []).append({"seed": seed, "curve": curve, "seconds": result.seconds})
+            print(f"{target} {arm} seed {seed}: {list(curve.values())[-1]:.4f}", flush=True)
+    return {
+        "target": target,
+        "shape": shape.to_dict(),
+        "parameters": shape.parameters,
+        "teacher": teacher_ce,
+        "arms": arms,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """A markdown table of one target: before, half-way, and at the end, seeds side by side."""
+    share = f"{result['parameters']:,} parameters"
+    lines = [f"{result['target']} ({share}); the teacher has {result['teacher']:.3f}", ""]
+    lines += ["| arm | before | half-way | end |", "|---|---|---|---|"]
+    for arm, seeds in result["arms"].items():
+        curves = [list(seed["curve"].values()) for seed in seeds]
+        cells = [" / ".join(f"{c[i]:.3f}" for c in curves) for i in (0, len(curves[0]) // 2, -1)]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--target", action="append", required=True)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    source = Checkpoint(arguments.teacher)
+    with tempfile.TemporaryDirectory() as work:
+        results = [
+            compare(
+                source,
+                target=target,
+                data=arguments.data,
+                tokens=arguments.tokens,
+                seeds=arguments.seeds,
+                work=Path(work),
+            )
+            for target in arguments.target
+        ]
+    print(json.dumps(results, indent=2) if arguments.json else "\n\n".join(map(table, results)))
+
+
+if __name__ == "__main__":
+    main()

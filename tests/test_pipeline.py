@@ -1,0 +1,309 @@
+"""The whole story on a tiny teacher: every artifact, resuming, real kills, and bad input that loses nothing."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import save_tiny
+from safetensors.torch import load_file, save_file
+
+import compressor
+from compressor.errors import CheckFailed, UserError
+from compressor.run import read_json
+
+SMALL = {
+    "data": {"context": 48, "heldout_fraction": 0.2},
+    "importance": {"samples": 8, "batch_size": 4, "depth_samples": 4},
+    "distill": {
+        "tokens": 4000,
+        "batch": 4,
+        "micro_batch": 2,
+        "lr": 1e-3,
+        "warmup_steps": 1,
+        "eval_every": 5,
+        "save_every": 3,
+        "heldout_rows": 4,
+    },
+    "evaluate": {"tokens": 500, "prompts": 2, "batch_size": 8, "max_new_tokens": 4},
+}
+
+
+def write_texts(path: Path, count: int = 120) -> Path:
+    rng = random.Random(0)
+    words = ["the", "lamp", "of", "river", "stone", "boat", "garden", "window", "bridge", "candle"]
+    lines = [json.dumps({"text": " ".join(rng.choices(words, k=12))}) for _ in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny teacher and its data."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny(folder / "teacher", "llama")
+    write_texts(folder / "data.jsonl")
+    return folder
+
+
+def recipe(world: Path, target: str = "ffn=48,hidden=36", **changes) -> dict:
+    values = json.loads(json.dumps(SMALL))
+    for section, keys in changes.items():
+        values[section] |= keys
+    values["data"]["source"] = str(world / "data.jsonl")
+    return values | {"teacher": str(world / "teacher"), "target": target}
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    lines: list[str] = []
+    report = compressor.distill(recipe(world), out=world / "run", say=lines.append)
+    return world / "run", report, lines
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_run_folder_holds_what_the_design_says(finished):
+    folder, _, lines = finished
+    names = {path.name for path in folder.iterdir()}
+    expected = {
+        "recipe.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "scores.safetensors",
+        "shape.json",
+        "pruned",
+        "checkpoints",
+    }
+    expected |= {"student", "evaluation.json", "report.json", "report.md", "report.html"}
+    assert expected <= names
+    assert not [name for name in names if name.endswith((".part", ".old"))]
+    assert [line.split()[0] for line in lines] == ["importance", "surgery", "distill", "evaluate", "report"]
+    student = {path.name for path in (folder / "student").iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "generation_config.json",
+        "README.md",
+        "SHA256SUMS",
+    } <= student
+    assert (folder / "student" / "chat_template.jinja").exists()
+
+
+def test_the_report_says_what_was_measured(finished):
+    folder, report, _ = finished
+    assert read_json(folder / "report.json") == {key: value for key, value in report.items() if key != "files"}
+    assert report["teacher"]["parameters"] > report["student"]["parameters"] == report["pruned"]["parameters"]
+    assert report["shape"]["student"]["hidden"] == 36
+    assert set(report["student"]["skills"]) == {"instruction", "roleplay", "rag", "tools"}
+    assert report["student"]["perplexity"] < report["pruned"]["perplexity"]
+    assert 3500 <= report["tokens"]["distill"] <= 4500
+    assert set(report["seconds"]) == {"importance", "surgery", "distill", "evaluate", "report"} or set(
+        report["seconds"]
+    ) == {"importance", "surgery", "distill", "evaluate"}
+
+
+def test_the_student_loads_with_stock_transformers_and_speaks(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(folder / "student", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] == ids["input_ids"].shape[1] + 3
+    assert model.config.head_dim == 16
+
+
+def test_running_again_does_nothing_and_another_recipe_is_refused(world, finished):
+    folder, report, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    lines: list[str] = []
+    again = compressor.distill(recipe(world), out=folder, say=lines.append)
+    assert all("done before" in line for line in lines)
+    assert again == report
+    with pytest.raises(UserError, match=r"another recipe, different in distill\.lr"):
+        compressor.distill(recipe(world, distill={"lr": 3e-3, "min_lr": 1e-4}), out=folder)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_scores_are_reused_for_another_size_but_not_for_another_teacher(world, finished, tmp_path):
+    folder, _, _ = finished
+    scores = {"scores": str(folder / "scores.safetensors")}
+    lines: list[str] = []
+    compressor.distill(recipe(world, "ffn=32", importance=scores), out=tmp_path / "run", say=lines.append)
+    assert "reused" in lines[0]
+    save_tiny(tmp_path / "other", "llama", seed=5)
+    values = recipe(world, "ffn=32", importance=scores) | {"teacher": str(tmp_path / "other")}
+    with pytest.raises(UserError, match="another teacher"):
+        compressor.distill(values, out=tmp_path / "run2")
+
+
+def test_a_depth_target_drops_a_block_between_first_and_last_layer(world, tmp_path):
+    report = compressor.distill(recipe(world, "layers=2"), out=tmp_path / "run")
+    assert report["kept"]["layers"]["kept"] in ([0, 2],)
+    assert report["shape"]["student"]["num_layers"] == 2
+
+
+def test_a_worse_student_exits_1_and_keeps_the_pruned_model(world, tmp_path):
+    values = recipe(world, distill={"lr": 0.5, "min_lr": 0.5, "tokens": 2000})
+    with pytest.raises(CheckFailed, match=r"worse than before distillation|not finite"):
+        compressor.distill(values, out=tmp_path / "run")
+    assert read_json(tmp_path / "run" / "report.json")["status"] in ("worse", "not_finite")
+    best = weights(tmp_path / "run" / "student")
+    assert all(torch.isfinite(tensor).all() for tensor in best.values())
+    with pytest.raises(CheckFailed):  # and says so again when it is run again
+        compressor.distill(values, out=tmp_path / "run")
+
+
+def run_in_child(world: Path, out: Path) -> subprocess.Popen:
+    code = (
+        "import json, sys, torch; torch.set_num_threads(1); import compressor\n"
+        f"compressor.distill(json.loads({json.dumps(json.dumps(recipe(world)))}), out={str(out)!r})"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, cwd=Path(__file__).parents[1])
+
+
+def test_kills_at_random_moments_resume_to_the_same_bits(world, tmp_path):
+    calm = run_in_child(world, tmp_path / "calm")
+    started = time.monotonic()
+    _, errors = calm.communicate()
+    assert calm.returncode == 0, errors.decode()
+    whole = time.monotonic() - started
+    rng = random.Random(1)
+    for moment in (0.55, 0.7, 0.85):
+        child = run_in_child(world, tmp_path / "killed")
+        time.sleep(whole * (moment + 0.1 * rng.random()))
+        os.kill(child.pid, signal.SIGKILL)
+        child.communicate()
+    last = run_in_child(world, tmp_path / "killed")
+    _, errors = last.communicate()
+    assert last.returncode == 0, errors.decode()
+    for part in ("pruned", "student"):
+        assert same(weights(tmp_path / "calm" / part), weights(tmp_path / "killed" / part))
+    assert same(load_file(tmp_path / "calm/scores.safetensors"), load_file(tmp_path / "killed/scores.safetensors"))
+    calm_report, killed_report = (read_json(tmp_path / name / "report.json") for name in ("calm", "killed"))
+    for key in ("teacher", "pruned", "student", "tokens", "agreement", "recovery"):
+        assert calm_report[key] == killed_report[key], key
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def broken_teacher(world: Path, folder: Path, break_it) -> str:
+    shutil.copytree(world / "teacher", folder)
+    break_it(folder / "model.safetensors")
+    return str(folder)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(b"\xff" * 64)
+
+
+def poison(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (truncate, "model.safetensors"),
+        (garble, "model.safetensors"),
+        (Path.unlink, "safetensors"),
+        (poison, "down_proj"),
+    ],
+)
+def test_a_broken_teacher_is_one_line_and_leaves_no_half_run(world, tmp_path, break_it, says):
+    values = recipe(world) | {"teacher": broken_teacher(world, tmp_path / "teacher", break_it)}
+    with pytest.raises(UserError, match=says) as caught:
+        compressor.distill(values, out=tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "pruned").exists()
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_empty_data_is_one_line(world, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    values = recipe(world)
+    values["data"]["source"] = str(tmp_path / "empty.jsonl")
+    with pytest.raises(UserError, match=r"empty.jsonl|data"):
+        compressor.distill(values, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("target", ["4b", "hidden=64", "llama-3.1-minitron-4b-width", "layers=3"])
+def test_a_teacher_no_larger_than_the_target_is_one_line(world, tmp_path, target):
+    with pytest.raises(UserError) as caught:
+        compressor.distill(recipe(world, target), out=tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_during_surgery_is_one_line_and_the_run_resumes(world, tmp_path, monkeypatch):
+    from compressor import surgery
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(surgery, "prune", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            compressor.distill(recipe(world), out=tmp_path / "run")
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".pruned")]
+    assert compressor.distill(recipe(world), out=tmp_path / "run")["status"] == "done"
+
+
+# --- the other commands ---------------------------------------------------------------------------------------------
+
+
+def test_evaluate_a_run_and_a_folder(world, finished, tmp_path):
+    folder, _, _ = finished
+    found = compressor.evaluate(str(folder), prompts=2, tokens=500)
+    assert found["result"]["agreement"]["kl"] > 0
+    assert found["against"] == str(world / "teacher")
+    suite = tmp_path / "mine.jsonl"
+    task = {"skill": "rag", "messages": [{"role": "user", "content": "Q"}], "check": {"max_words": 1000}}
+    suite.write_text(json.dumps(task) + "\n")
+    found = compressor.evaluate(str(folder / "student"), suites=[str(suite)])
+    assert found["result"]["skills"]["rag"]["score"] == 1.0
+    assert found["result"]["perplexity"] is None
+
+
+def test_package_writes_card_and_checksums_again(finished):
+    folder, _, _ = finished
+    (folder / "student" / "README.md").write_text("changed")
+    result = compressor.package(folder)
+    assert result["url"] is None
+    assert "library_name: transformers" in (folder / "student" / "README.md").read_text()
+    sums = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder / "student", capture_output=True, check=False)
+    assert sums.returncode == 0
+
+
+def test_an_unfinished_run_is_no_model(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"stages": {}}')
+    (tmp_path / "run" / "recipe.yaml").write_text("target: 50%\n")
+    with pytest.raises(UserError, match="no finished run"):
+        compressor.evaluate(str(tmp_path / "run"))
+    with pytest.raises(UserError, match="no finished run"):
+        compressor.package(tmp_path / "run")
