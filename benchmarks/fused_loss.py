@@ -1,8 +1,8 @@
 """Memory and time of the fused distillation loss against the plain one (two log_softmax, kl_div, backward).
 
-Every measurement runs in a fresh child process, plain and fused in turn: added memory is the peak resident set
-of one forward and backward minus what was resident just before, time is the median of the repeats that follow
-it. Only the ratios travel between machines. Linux only (/proc).
+Every measurement runs in a fresh child process, plain and fused in turn: added memory is the peak
+resident set of one forward and backward minus what was resident just before, time is the median of the
+repeats that follow it. Only the ratios travel between machines. Linux only (/proc).
     python benchmarks/fused_loss.py --tokens 2048 --vocab 128256 --hidden 512 --json
 """
 

@@ -24,18 +24,9 @@ from compressor.checkpoint import Checkpoint, load_model, load_tokenizer
 from compressor.data import Blocks, calibration_batches, heldout_batches, records
 from compressor.distill import distillation_loss
 from compressor.scores import Scores
-from compressor.train import LossSum, targets, train
+from compressor.train import targets, train
 
 ARMS = ("importance + KL", "random channels + KL", "random weights + KL", "importance + cross-entropy")
-
-
-def cross_entropy(student: Any, batch: dict[str, torch.Tensor]) -> LossSum:
-    """Plain next-token loss on the data: what the student learns where no teacher speaks."""
-    counted_BT = targets(batch)
-    logits_NV = student(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[:, :-1]
-    labels_N = batch["labels"][:, 1:][counted_BT]
-    ce = torch.nn.functional.cross_entropy(logits_NV[counted_BT], labels_N, reduction="sum")
-    return LossSum(ce, {"ce": ce.detach()})
 
 
 def scores_of(model: Any, source: Checkpoint, tokenizer: Any, recipe: recipes.Recipe, removed: int) -> Scores:
@@ -62,7 +53,7 @@ def compare(source: Checkpoint, *, target: str, data: str, tokens: int, seeds: l
     section = {"context": 256, "fraction": recipe.data.heldout_fraction}
     heldout = heldout_batches(data, tokenizer, limit=200, batch_size=16, **section)
     with torch.no_grad():
-        sums = [cross_entropy(model, batch).loss.item() for batch in heldout]
+        sums = [distillation_loss(model, settings=recipe.distill)(model, batch).parts["ce"].item() for batch in heldout]
     teacher_ce = sum(sums) / sum(int(targets(batch).sum()) for batch in heldout)
     scores = scores_of(model, source, tokenizer, recipe, source.shape.num_layers - shape.num_layers)
     arms: dict[str, list[dict[str, Any]]] = {}
@@ -75,13 +66,13 @@ def compare(source: Checkpoint, *, target: str, data: str, tokens: int, seeds: l
             if arm.startswith("random weights"):
                 torch.manual_seed(seed)
                 student = AutoModelForCausalLM.from_config(student.config).float()
-            with_teacher = arm.endswith("KL")
+            settings = recipe.distill.model_copy(update={"ce_weight": 0.0 if arm.endswith("KL") else 1.0})
             result = train(
                 student,
-                loss=distillation_loss(model, settings=recipe.distill) if with_teacher else cross_entropy,
+                loss=distillation_loss(model, settings=settings),
                 batches=Blocks(data, tokenizer, seed=seed, **section),
                 heldout=heldout,
-                settings=recipe.distill,
+                settings=settings,
                 folder=folder / "checkpoints",
                 seed=seed,
             )

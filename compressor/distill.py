@@ -1,4 +1,4 @@
-"""Offline distillation: the teacher's next-token distribution on real data, one divergence, one training loop.
+"""Offline distillation: the teacher's next-token distribution on real data, one divergence, one loop.
 
 Teacher and student read the same packed rows; their final hidden states at the target positions go to the
 fused loss (losses.py). The student must end better on held-out rows than it was found, or the result says so.
@@ -65,10 +65,11 @@ def distill(
 ) -> DistillResult:
     """Distill the student in `student_folder` from `teacher` (see teacher.load); checkpoints go to `folder`.
 
-    `batches`, `heldout`, `metrics` and `settings` (a recipe.Distill) are as in `train.train`; `vocab` is the
-    number of real ids (default: the smaller of the two heads), so that padded ids take no part. Continues by
-    itself after a kill. Checkpoints are float32 and carry no tokenizer. Raises UserError for input that cannot be
-    distilled; a student that comes out worse is no error here but the status of the result.
+    `batches`, `heldout`, `metrics` and `settings` (a recipe.Distill) are as in `train.train`; `vocab` is
+    the number of real ids (default: the smaller of the two heads), so that padded ids take no part.
+    Continues by itself after a kill. Checkpoints are float32 and carry no tokenizer. Raises UserError for
+    input that cannot be distilled; a student that comes out worse is no error here but the status of the
+    result.
     """
     student = load_model(student_folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     for model in (teacher, student):
@@ -97,7 +98,7 @@ def distill(
 
 
 def distillation_loss(teacher: nn.Module, *, settings: Any, vocab: int | None = None) -> LossFunction:
-    """The loss function for `train`: divergence to `teacher`, mixed with cross-entropy by settings.ce_weight."""
+    """The loss function for `train`: divergence to `teacher`, mixed with cross-entropy by ce_weight."""
 
     def loss(student: nn.Module, batch: Batch) -> LossSum:
         counted_BT = targets(batch)
@@ -127,7 +128,8 @@ def _predicting(model: nn.Module, batch: Batch, counted_BT: Tensor) -> Tensor:
 
 def head_weight(model: nn.Module) -> Tensor:
     """The lm_head's weight (vocab, hidden); the embedding's own parameter where they are tied."""
-    head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue] - every causal LM of transformers has it
+    causal_lm: Any = model
+    head = causal_lm.get_output_embeddings()
     return head.weight
 
 

@@ -1,9 +1,9 @@
 """Divergences between teacher and student, fused with their lm_heads: no tokens x vocabulary tensor is whole.
 
-Hidden states of both models go through their heads a few rows at a time. For each chunk the gradient with respect
-to the student's logits is formed in place in the forward pass and folded at once into the gradients of the
-student's hidden states and head, so memory is a few chunk x vocabulary buffers, reused for every chunk.
-The sum over rows (Hinton et al. 2015, arXiv 1503.02531; Minitron trains on the first term alone):
+Hidden states of both models go through their heads a few rows at a time. For each chunk the gradient with
+respect to the student's logits is formed in place in the forward pass and folded at once into the
+gradients of the student's hidden states and head, so memory is a few chunk x vocabulary buffers, reused
+for every chunk. The sum over rows (Hinton et al., arXiv 1503.02531; Minitron trains on the first term alone):
     (1 - ce_weight) * tau^2 * D(softmax(z_T / tau), softmax(z_S / tau)) + ce_weight * CE(z_S, label)
 Shape suffixes: N rows, C rows of a chunk, D student width, E teacher width, V shared real ids.
 """
@@ -41,9 +41,9 @@ def forward_kl(log_q_CV: Tensor, log_p_CV: Tensor, scratch_CV: Tensor) -> Tensor
     return rows_C
 
 
-# A divergence takes the log-probabilities of student and teacher and a scratch buffer, all (C, V) and all its
-# own to overwrite. It returns the loss of each row (C,) and leaves dL/dz, z being the student's logits (already
-# divided by the temperature), in the first buffer.
+# A divergence takes the log-probabilities of student and teacher and a scratch buffer, all (C, V) and all
+# its own to overwrite. It returns the loss of each row (C,) and leaves dL/dz, z being the student's
+# logits (already divided by the temperature), in the first buffer.
 Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
 DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl}
 
@@ -63,10 +63,11 @@ def fused_linear_divergence(
 ) -> LossParts:
     """Sum of the distillation loss over N rows, with gradients for `student_ND` and `student_head_VD` only.
 
-    Rows are those that count: the caller drops padding and masked targets first (N = 0 gives zero). Heads may
-    have more rows than there are real ids, and not equally many; `vocab` (default: the smaller head) ids are
-    shared, the rest is left out of both softmaxes. Labels are ids below `vocab`. Softmax, divergence and sums are
-    float32 (float64 for float64 inputs); matrix products use the inputs' precision, or autocast's where it is on.
+    Rows are those that count: the caller drops padding and masked targets first (N = 0 gives zero). Heads
+    may have more rows than there are real ids, and not equally many; `vocab` (default: the smaller head)
+    ids are shared, the rest is left out of both softmaxes. Labels are ids below `vocab`. Softmax,
+    divergence and sums are float32 (float64 for float64 inputs); matrix products use the inputs'
+    precision, or autocast's where it is on.
 
     Raises UserError for an unknown divergence and for settings outside their range.
     """
@@ -91,7 +92,7 @@ def fused_linear_divergence(
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     options = _Options(DIVERGENCES[divergence], float(temperature), float(ce_weight), vocab, chunk_tokens, product)
     loss, kl, ce = _FusedLinearDivergence.apply(
-        student_ND, student_head_VD, teacher_NE.detach(), teacher_head_WE.detach(), labels_N, options
+        student_ND, student_head_VD, teacher_NE, teacher_head_WE, labels_N, options
     )
     return LossParts(loss, kl, None if labels_N is None else ce)
 

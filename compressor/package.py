@@ -125,7 +125,7 @@ def push(folder: Path | str, repo: str, *, private: bool = True, token: str | No
             commit_message="Student made with compressor",
         )
     except (HFValidationError, HTTPError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         if secret := token or get_token():
             reason = reason.replace(secret, "***")
         raise UserError(

@@ -61,7 +61,9 @@ class Distill(Section):
     temperature: float = Field(
         1.0, gt=0, description="softens teacher and student alike; the loss is scaled by its square"
     )
-    ce_weight: float = Field(0.0, ge=0, description="weight of cross-entropy on the data beside the KL divergence")
+    ce_weight: float = Field(
+        0.0, ge=0, le=1, description="share of cross-entropy on the data; the rest is KL divergence"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 elsewhere")
     gradient_checkpointing: bool = Field(False, description="trade a third more compute for the memory of activations")
     eval_every: int = Field(50, gt=0, description="steps between held-out losses; the best checkpoint is kept")
@@ -115,8 +117,8 @@ def reference_page() -> str:
     lines = [
         "# Recipe keys",
         "",
-        "Written by `make docs` from `compressor/recipe.py`; a test holds the two equal. A number that is not set is fitted to",
-        "the teacher and the target (see `resolve` there), so the defaults below are those of an 8B teacher.",
+        "Written by `make docs` from `compressor/recipe.py`; a test holds the two equal. A number that is not set is",
+        "fitted to the teacher and the target (see `resolve` there): the defaults below suit an 8B teacher.",
         "",
         "| key | default | meaning |",
         "|---|---|---|",

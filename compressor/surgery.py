@@ -11,11 +11,14 @@ absorbs.
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import families
 from .checkpoint import Checkpoint, Described, copy_files, copy_tokenizer, write_checkpoint
@@ -27,8 +30,10 @@ if TYPE_CHECKING:
     from .scores import Scores
     from .shape import Shape
 
-CHUNK_BYTES = 4 * 2**20  # read and written at a time: fits a CPU cache, and is long enough for a disk
+CHUNK_BYTES = 2 * 2**20  # read and written at a time: fits a CPU cache, and is long enough for a disk
+THREADS, SLOTS = 2, 6  # cutting while the main thread writes; chunks in flight
 Ids = tuple[int, ...]
+Span = tuple[int, int, Sequence[int]]  # first row, stop, and the rows wanted between them
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def prune(
 ) -> None:
     """Write the student of `shape` into `out`: weights, config, generation config, tokenizer.
 
-    Memory is two chunks of a few megabytes. `progress` advances by bytes written (see `output_bytes`).
+    Memory is a dozen chunks of 2 MiB. `progress` advances by bytes written (see `output_bytes`).
     `out` is new or empty, and is emptied again if anything fails. Raises UserError for tensors that are
     missing, unknown, of an unexpected shape or not finite, for unreadable input and for a full disk.
     """
@@ -154,13 +159,24 @@ def prune(
     config = _student_config(source.config, kept, shape)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(
-            out,
-            list(_described(source, kept, shape)),
-            config=config,
-            max_shard_bytes=max_shard_bytes,
-            progress=progress,
-        )
+        with ThreadPoolExecutor(THREADS) as pool:
+            saw = _Saw(source, pool)
+            tensors = [
+                Described(
+                    part.name,
+                    source.metadata(part.origin).dtype,
+                    part.sizes,
+                    partial(saw.cut, part.origin, *part.ids),
+                )
+                for part in _parts(source.shape, kept, shape)
+            ]
+            write_checkpoint(
+                out,
+                tensors,
+                config=config,
+                max_shard_bytes=max_shard_bytes,
+                progress=progress,
+            )
         copy_files(source.folder, out, ["generation_config.json"])
         copy_tokenizer(source.folder, out)
     except BaseException as error:
@@ -175,7 +191,7 @@ def prune(
 
 def output_bytes(source: Checkpoint, *, kept: Kept, shape: Shape) -> int:
     """Bytes of weights that `prune` will write: the total of its progress."""
-    return sum(tensor.nbytes for tensor in _described(source, kept, shape))
+    return sum(prod(part.sizes) * source.width(part.origin) for part in _parts(source.shape, kept, shape))
 
 
 def verify(folder: Path, shape: Shape) -> None:
@@ -210,7 +226,10 @@ def verify(folder: Path, shape: Shape) -> None:
 
 
 def _check_kept(kept: Kept, teacher: Shape, student: Shape) -> None:
-    """Our own mistakes: ids that do not fill the shape, or heads that would leave their KV group."""
+    """Our own mistakes: ids that do not fill the shape or lie outside it, heads that would leave their group."""
+    for axis, ids in (("num_layers", [kept.layers]), ("hidden", [kept.hidden]), ("ffn", kept.ffn)):
+        assert all(0 <= i < getattr(teacher, axis) for part in ids for i in part), axis
+    assert all(0 <= head < teacher.num_heads for part in kept.heads for head in part), "heads"
     assert len(kept.layers) == len(kept.ffn) == len(kept.heads) == student.num_layers, "layers"
     assert len(set(kept.hidden)) == student.hidden, "hidden"
     assert all(len(set(ids)) == student.ffn for ids in kept.ffn), "ffn"
@@ -271,21 +290,23 @@ def _student_config(teacher: dict[str, Any], kept: Kept, shape: Shape) -> dict[s
     return config
 
 
-def _described(source: Checkpoint, kept: Kept, shape: Shape) -> Iterator[Described]:
-    """Every tensor of the student: where its rows and columns come from."""
-    teacher = source.shape
-    for name, axes in families.tensors(shape):
+class _Part(NamedTuple):
+    """A tensor of the student, and where its rows (and columns) come from: the teacher's tensor and indices."""
+
+    name: str
+    origin: str
+    sizes: tuple[int, ...]
+    ids: list[Sequence[int]]
+
+
+def _parts(teacher: Shape, kept: Kept, student: Shape) -> Iterator[_Part]:
+    for name, axes in families.tensors(student):
         prefix, dot, rest = name.partition(".layers.")
         layer, _, leaf = rest.partition(".")
         position = int(layer) if dot else 0
         origin = f"{prefix}.layers.{kept.layers[position]}.{leaf}" if dot else name
-        ids = [_axis_ids(axis, position, kept, teacher, shape) for axis in axes]
-        yield Described(
-            name,
-            source.metadata(origin).dtype,
-            tuple(map(shape.size, axes)),
-            partial(_cut, source, origin, *ids),
-        )
+        ids = [_axis_ids(axis, position, kept, teacher, student) for axis in axes]
+        yield _Part(name, origin, tuple(map(student.size, axes)), ids)
 
 
 def _axis_ids(axis: str, position: int, kept: Kept, teacher: Shape, student: Shape) -> Sequence[int]:
@@ -305,33 +326,64 @@ def _axis_ids(axis: str, position: int, kept: Kept, teacher: Shape, student: Sha
     return range(teacher.size(axis))
 
 
-def _cut(
-    source: Checkpoint, name: str, rows: Sequence[int], columns: Sequence[int] | None = None
-) -> Iterator[torch.Tensor]:
-    """The kept rows and columns of one tensor, in order, a few megabytes at a time, in reused buffers."""
-    import numpy
-    import torch
+class _Saw:
+    """Cuts tensors out of a checkpoint: threads read, check and pick while the caller writes what came before.
 
-    stored, width = source.metadata(name), source.width(name)
-    row_bytes = stored.nbytes // stored.shape[0]
-    per_read = max(1, CHUNK_BYTES // row_bytes)
-    buffer = bytearray(per_read * row_bytes)
-    # bits, not numbers: numpy's take is three times as fast as torch's, but knows no bfloat16
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
-    whole_rows = columns is None or list(columns) == list(range(stored.shape[1]))
-    picks = None if whole_rows else numpy.asarray(columns)
-    taken = None if picks is None else numpy.empty((per_read, len(picks)), dtype=f"i{width}")
-    for first, stop, wanted in _spans(rows, per_read):
-        chunk = source.rows(name, first, stop, buffer=buffer).view(bits).numpy()
+    The work is copying and comparing, which numpy and torch do without the interpreter lock. Each chunk in
+    flight has a slot of its own, reused for chunk after chunk, so memory stays at SLOTS times two chunks.
+    """
+
+    def __init__(self, source: Checkpoint, pool: Executor) -> None:
+        self.source, self.pool = source, pool
+        self.slots = [(bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES)) for _ in range(SLOTS)]
+
+    def cut(self, name: str, rows: Sequence[int], columns: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
+        """The kept rows and columns of one tensor, in order, a chunk at a time, valid until the next."""
+        import numpy
+
+        stored, width = self.source.metadata(name), self.source.width(name)
+        row_bytes = stored.nbytes // stored.shape[0]
+        per_read = max(1, CHUNK_BYTES // row_bytes)
+        if per_read * row_bytes > CHUNK_BYTES:  # a single row that is longer than a chunk
+            self.slots = [(bytearray(row_bytes), bytearray(row_bytes)) for _ in self.slots]
+        whole = columns is None or list(columns) == list(range(stored.shape[1]))
+        picks = None if whole else numpy.asarray(columns)
+        pending: deque[Future[torch.Tensor]] = deque()
+        for number, span in enumerate(_spans(rows, per_read)):
+            if len(pending) == SLOTS:
+                # its slot is free once the caller asks for more
+                yield pending.popleft().result()
+            slot = self.slots[number % SLOTS]
+            pending.append(self.pool.submit(self._chunk, name, width, span, picks, slot))
+        while pending:
+            yield pending.popleft().result()
+
+    def _chunk(self, name: str, width: int, span: Span, picks: Any, slot: tuple[bytearray, bytearray]) -> torch.Tensor:
+        import numpy
+        import torch
+
+        (first, stop, wanted), (read, spare) = span, slot
+        # bits, not numbers: numpy's take is three times as fast as torch's, but knows no bfloat16
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+        chunk = self.source.rows(name, first, stop, buffer=read).view(bits).numpy()
         if len(wanted) < stop - first:
-            chunk = chunk[numpy.asarray(wanted) - first]
-        if picks is not None and taken is not None:
-            # mode="clip" skips a bounds check per value; the ids were checked against the shape
-            chunk = numpy.take(chunk, picks, axis=1, out=taken[: len(chunk)], mode="clip")
-        yield torch.from_numpy(chunk)
+            chunk = _take(chunk, numpy.asarray(wanted) - first, axis=0, into=spare)
+            read, spare = spare, read
+        if picks is not None:
+            chunk = _take(chunk, picks, axis=1, into=spare)
+        return torch.from_numpy(chunk)
 
 
-def _spans(ids: Sequence[int], most: int) -> Iterator[tuple[int, int, Sequence[int]]]:
+def _take(chunk: Any, ids: Any, *, axis: int, into: bytearray) -> Any:
+    """numpy.take into a buffer. mode="clip" skips a bounds check per value: `_check_kept` checked the ids."""
+    import numpy
+
+    sizes = [len(ids) if dimension == axis else size for dimension, size in enumerate(chunk.shape)]
+    taken = numpy.frombuffer(into, dtype=chunk.dtype, count=prod(sizes)).reshape(sizes)
+    return numpy.take(chunk, ids, axis=axis, out=taken, mode="clip")
+
+
+def _spans(ids: Sequence[int], most: int) -> Iterator[Span]:
     """Ascending stretches of `ids` that lie within `most` rows: (first, stop, ids). One read serves each."""
     begin = 0
     for i in range(1, len(ids) + 1):

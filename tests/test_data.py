@@ -277,6 +277,7 @@ def test_documents_get_the_ends_their_tokenizer_is_used_to():
     only_eos = tiny_tokenizer()
     only_eos.bos_token = None
     assert encoding.document_ends(only_eos) == ([], [1])
+    assert data.encode({"text": "ab"}, only_eos).trained == [False, True, True]
     adds_both = tiny_tokenizer()
     adds_both.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
@@ -359,6 +360,27 @@ def test_a_small_shuffle_buffer_keeps_every_record():
     assert out != list(range(100))
 
 
+def test_rows_of_like_length_come_in_runs_and_none_is_lost(tmp_path, tokenizer):
+    chats = [{"prompt": f"{i:03}" + "x" * (i * 7 % 60), "completion": "y"} for i in range(256)]
+    source = str(jsonl(tmp_path / "chats.jsonl", chats))
+
+    def stream(group: int) -> list[torch.Tensor]:
+        blocks = data.Blocks(source, tokenizer, context=128, fraction=0, group=group)
+        return [row["input_ids"] for row in islice(blocks, 256)]
+
+    def padded(rows: list[torch.Tensor]) -> int:
+        return sum(8 * max(map(len, rows[i : i + 8])) for i in range(0, len(rows), 8))
+
+    plain, runs = stream(1), stream(8)
+    assert sorted(row.tolist() for row in plain) == sorted(row.tolist() for row in runs)
+    assert all(torch.equal(a, b) for a, b in zip(runs, stream(8), strict=True))
+    real = sum(map(len, plain))
+    assert padded(plain) > 1.3 * real
+    assert padded(runs) < 1.03 * real
+    lengths = [len(row) for row in runs[::8]]
+    assert lengths not in (sorted(lengths), sorted(lengths, reverse=True))
+
+
 def test_processes_and_loader_workers_share_the_rows_out(texts, tokenizer):
     from accelerate.data_loader import IterableDatasetShard
 
@@ -425,24 +447,26 @@ def test_nothing_held_out_and_only_long_chats_are_errors(tmp_path, tokenizer, te
         next(iter(data.Blocks(source, tokenizer, context=8, fraction=0)))
 
 
-def test_calibration_rows_do_not_depend_on_batching(texts, tokenizer):
+def test_calibration_rows_do_not_depend_on_batching(tmp_path, tokenizer):
+    pairs = [{"prompt": "x" * (i % 7), "completion": f"y{i}"} for i in range(300)]
+    texts = str(jsonl(tmp_path / "pairs.jsonl", pairs))
     prints = {
         data.token_fingerprint(
-            data.calibration_batches(data.records(texts), tokenizer, samples=10, context=32, batch_size=size)
+            data.calibration_batches(data.records(texts), tokenizer, samples=10, context=64, batch_size=size)
         )
         for size in (1, 3, 10)
     }
     assert len(prints) == 1
-    batches = list(data.calibration_batches(data.records(texts), tokenizer, samples=10, context=32, batch_size=4))
+    batches = list(data.calibration_batches(data.records(texts), tokenizer, samples=10, context=64, batch_size=4))
     assert [len(batch["input_ids"]) for batch in batches] == [4, 4, 2]
-    fewer = data.calibration_batches(data.records(texts), tokenizer, samples=9, context=32)
+    fewer = data.calibration_batches(data.records(texts), tokenizer, samples=9, context=64)
     assert data.token_fingerprint(fewer) not in prints
 
 
 def test_perplexity_text_prefers_plain_text_and_counts_its_bytes(tmp_path, tokenizer):
     rows = [{"text": f"plain \u00e9 {i}"} for i in range(50)] + [CHAT]
     source = str(jsonl(tmp_path / "mix.jsonl", rows))
-    batches = data.text_batches(source, tokenizer, context=30, tokens=10_000, batch_size=4, fraction=1.0)
+    batches = data.text_batches(source, tokenizer, context=128, tokens=10_000, batch_size=4, fraction=1.0)
     text = "".join(tokenizer.decode(batch["input_ids"][batch["attention_mask"].bool()]) for batch in batches)
     assert "<|user|>" not in text
     assert sum(int(batch["num_bytes"].sum()) for batch in batches) == sum(len(r["text"].encode()) for r in rows[:50])

@@ -11,8 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from test_report import result, run_folder  # noqa: F401 - a fixture
 
-from compressor import package, report
+from compressor import report
 from compressor.errors import CheckFailed, UserError
+from compressor.package import CHECKSUMS, check_checksums, push, write_card, write_checksums
 
 TOKEN = "hf_" + "s3cret" * 5
 
@@ -32,39 +33,37 @@ def test_the_card_tells_what_it_is_and_parses_as_a_model_card(run_folder, studen
     from huggingface_hub import ModelCard
 
     written = report.write(run_folder)
-    path = package.write_card(
-        student, report=written, teacher="owner/teacher-8b", recipe="target: 50%\n", licence="apache-2.0"
-    )
+    path = write_card(student, report=written, teacher="owner/teacher-8b", recipe="target: 50%\n", licence="apache-2.0")
     card = ModelCard.load(path)
     assert card.data.base_model == "owner/teacher-8b"
     assert card.data.license == "apache-2.0"
     assert card.data.library_name == "transformers"
     for words in ("from_pretrained", "| rag |", "target: 50%", "95 % bootstrap", "97.9 %"):
         assert words in card.text, words
-    local = ModelCard.load(package.write_card(student, report=written, teacher="demo"))
+    local = ModelCard.load(write_card(student, report=written, teacher="demo"))
     assert local.data.base_model is None
 
 
 def test_checksums_satisfy_sha256sum_and_catch_a_changed_byte(student):
-    package.write_checksums(student)
-    files = [f for f in student.iterdir() if f.name != package.CHECKSUMS]
-    assert package.check_checksums(student) == len(files)
+    write_checksums(student)
+    files = [f for f in student.iterdir() if f.name != CHECKSUMS]
+    assert check_checksums(student) == len(files)
     if shutil.which("sha256sum"):
-        subprocess.run(["sha256sum", "--quiet", "-c", package.CHECKSUMS], cwd=student, check=True)
+        subprocess.run(["sha256sum", "--quiet", "-c", CHECKSUMS], cwd=student, check=True)
     weights = student / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     (student / "config.json").unlink()
     with pytest.raises(CheckFailed, match=r"config\.json, model\.safetensors missing or changed"):
-        package.check_checksums(student)
+        check_checksums(student)
 
 
 def test_a_folder_without_files_or_checksums_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match="holds no files"):
-        package.write_checksums(tmp_path)
+        write_checksums(tmp_path)
     with pytest.raises(UserError, match="has no SHA256SUMS"):
-        package.check_checksums(tmp_path)
+        check_checksums(tmp_path)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -133,10 +132,10 @@ def visibility(state: dict) -> str:
 
 def test_a_push_sends_every_file_privately_and_tells_no_one_the_token(student, hub, caplog, capfd):
     endpoint, state = hub
-    package.write_checksums(student)
+    write_checksums(student)
     (student / ".hidden").write_text("stays here")
     with caplog.at_level(logging.DEBUG):
-        address = package.push(student, "me/student", token=TOKEN)
+        address = push(student, "me/student", token=TOKEN)
     assert address == f"{endpoint}/me/student"
     assert visibility(state) == "private"
     assert state["tokens"] == {f"Bearer {TOKEN}"}
@@ -149,11 +148,11 @@ def test_a_push_sends_every_file_privately_and_tells_no_one_the_token(student, h
 def test_a_private_push_never_lands_in_a_public_repository(student, hub):
     _, state = hub
     state["private"] = False
-    package.write_checksums(student)
+    write_checksums(student)
     with pytest.raises(UserError, match="is public"):
-        package.push(student, "me/student", token=TOKEN)
+        push(student, "me/student", token=TOKEN)
     assert state["files"] == {}
-    package.push(student, "me/student", private=False, token=TOKEN)
+    push(student, "me/student", private=False, token=TOKEN)
     assert visibility(state) == "public"
     assert state["files"]
 
@@ -163,22 +162,23 @@ def test_a_refusal_is_one_line_without_the_token(student, hub, monkeypatch):
 
     _, state = hub
     state["refuse"] = TOKEN
-    package.write_checksums(student)
+    write_checksums(student)
     with pytest.raises(UserError, match="could not push to me/student") as raised:
-        package.push(student, "me/student", token=TOKEN)
+        push(student, "me/student", token=TOKEN)
     assert TOKEN not in str(raised.value)
+    assert "bad token ***" in str(raised.value)
     assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match="could not push"):
-        package.push(student, "not a name", token=TOKEN)
+        push(student, "not a name", token=TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
     with pytest.raises(UserError, match="could not push"):
-        package.push(student, "me/student", token=TOKEN)
+        push(student, "me/student", token=TOKEN)
 
 
 def test_changed_files_are_not_pushed(student, hub):
     _, state = hub
-    package.write_checksums(student)
+    write_checksums(student)
     (student / "config.json").write_text("{}")
     with pytest.raises(CheckFailed):
-        package.push(student, "me/student", token=TOKEN)
+        push(student, "me/student", token=TOKEN)
     assert state["files"] == {}

@@ -194,6 +194,14 @@ def test_markdown_escapes_cells_and_shows_intervals(run_folder):
     assert "- layers: 4 of 6 (0, 1, 4, 5)" in text
 
 
+def test_one_evaluation_is_printed_with_what_was_measured_only(capsys):
+    report.render_evaluation({"what": "a/[b]", "against": "demo", "result": result(0.5) | {"perplexity": None}})
+    out = capsys.readouterr().out
+    assert "a/[b] against demo" in out
+    assert "50.0 % (46.0-53.0)" in out
+    assert "perplexity" not in out
+
+
 def test_kept_strips_say_where_channels_stayed():
     kept = report.kept_summary(
         layers=(0, 5),

@@ -48,6 +48,8 @@ class Counts:
 class Blocks(torch.utils.data.IterableDataset):
     """The training stream of rows: endless, reshuffled each epoch, the same on every run with the same seed.
 
+    group: rows per forward pass. Above 1, rows of like length follow each other in runs of that many, and the
+    runs keep a random order: a batch of short chats then needs little padding.
     Every process sees every row: accelerate's IterableDatasetShard deals them out, and resuming by skipping
     batches lands on the same row. Iterating raises UserError when an epoch holds nothing to train on.
     """
@@ -62,13 +64,19 @@ class Blocks(torch.utils.data.IterableDataset):
         fraction: float = 0.01,
         seed: int = 0,
         buffer: int = 4096,
+        group: int = 1,
     ) -> None:
+        if group < 1 or buffer < 1:
+            raise ValueError(f"group is {group} and buffer {buffer}; both are at least 1")
+        self.group = group
         self.source, self.tokenizer, self.context = source, tokenizer, context
         self.split, self.fraction, self.seed, self.buffer = split, fraction, seed, buffer
 
     def __iter__(self) -> Iterator[Row]:
         counts = Counts()
         rows = _rows(self._epochs(counts), self.tokenizer, context=self.context, counts=counts)
+        if self.group > 1:
+            rows = _grouped(rows, group=self.group, seed=self.seed)
         worker = torch.utils.data.get_worker_info()
         # Loader workers each hold a copy of the data set: without this every row would be read once per
         # worker.
@@ -100,6 +108,16 @@ def _shuffled(stream: Iterator[Record], *, buffer: int, seed: int) -> Iterator[R
         held[i] = record
     rng.shuffle(held)
     yield from held
+
+
+def _grouped(rows: Iterator[Row], *, group: int, seed: int) -> Iterator[Row]:
+    """Sort windows of 32 runs by length, cut them into runs of `group` rows, and shuffle the runs."""
+    rng = random.Random(seed)
+    while window := list(islice(rows, 32 * group)):
+        window.sort(key=lambda row: len(row["input_ids"]))
+        runs = [window[i : i + group] for i in range(0, len(window), group)]
+        rng.shuffle(runs)
+        yield from chain.from_iterable(runs)
 
 
 def _rows(

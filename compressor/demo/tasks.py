@@ -17,7 +17,6 @@ from compressor.demo.functions import FUNCTIONS, Function
 
 TEST_SHARE = 0.05
 DECLINE = "None of the functions can do that."
-UNTOLD = "The passages do not tell."
 
 Task = dict[str, Any]  # {"skill", "messages", "tools"?, "check", "answer", "about": the combination that is hashed}
 
@@ -228,48 +227,55 @@ def roleplay(rng: Random) -> Task:
 
 # --- RAG: answer from passages with a citation, or say that they do not tell ----------------------------------------
 
-# relation -> (values, the sentence, another way to say it, question phrasings)
-RELATIONS: dict[str, tuple[list[str], str, str, list[str]]] = {
+# relation -> (values, how an answer begins, another way to tell it, what stays untold, question phrasings)
+RELATIONS: dict[str, tuple[list[str], str, str, str, list[str]]] = {
     "home": (
         lex.TOWNS,
-        "{e} lives in {v}",
-        "The home of {e} is in {v}",
+        "{e} lives in",
+        "The home of {e} is in",
+        "a town",
         ["Where does {e} live?", "In which town does {e} live?"],
     ),
     "job": (
         lex.JOBS,
-        "{e} works as a {v}",
-        "By trade {e} is a {v}",
+        "{e} works as a",
+        "By trade {e} is a",
+        "craftsman of a trade",
         ["What does {e} work as?", "What is the job of {e}?"],
     ),
     "pet": (
         lex.ANIMALS,
-        "{e} keeps a {v}",
-        "The pet of {e} is a {v}",
+        "{e} keeps a",
+        "The pet of {e} is a",
+        "pet",
         ["Which animal does {e} keep?", "What pet does {e} have?"],
     ),
     "music": (
         lex.INSTRUMENTS,
-        "{e} plays the {v}",
-        "The instrument of {e} is the {v}",
+        "{e} plays the",
+        "The instrument of {e} is the",
+        "instrument",
         ["Which instrument does {e} play?", "What does {e} play?"],
     ),
     "food": (
         lex.FOODS,
-        "{e} likes to eat {v}",
-        "The favourite food of {e} is {v}",
+        "{e} likes to eat",
+        "The favourite food of {e} is",
+        "something",
         ["What does {e} like to eat?", "Which food does {e} like?"],
     ),
     "door": (
         lex.COLOURS,
-        "{e} has a {v} door",
-        "The door of {e} is {v}",
+        "The colour of {e}'s door is",
+        "{e} painted the door",
+        "one",
         ["What colour is the door of {e}?", "Which colour has the door of {e}?"],
     ),
     "day": (
         lex.DAYS,
-        "{e} goes to market on {v}",
-        "The market day of {e} is {v}",
+        "{e} goes to market on",
+        "The market day of {e} is",
+        "a day",
         ["When does {e} go to market?", "On which day does {e} go to market?"],
     ),
 }
@@ -277,7 +283,11 @@ FILLERS = ("Many people know it.", "It has long been so.", "The neighbours say s
 
 
 def rag(rng: Random, *, most_passages: int = 4) -> Task:
-    """Two to four passages, one question; the right one shares its person or its relation with the wrong ones."""
+    """Two to four passages, each with its number behind it, and one question.
+
+    The right passage shares its person or its relation with the wrong ones. An answer starts with what was asked, so
+    that whether anything is told is decided where the passages are looked up.
+    """
     count = rng.randint(min(2, most_passages), most_passages)
     entity, relation = rng.choice(lex.NAMES), rng.choice(list(RELATIONS))
     facts = [(entity, relation)]
@@ -293,18 +303,18 @@ def rag(rng: Random, *, most_passages: int = 4) -> Task:
     told = rng.random() < 0.75
     shown = facts[:count] if told else facts[1:]
     rng.shuffle(shown)
-    passages, answer, check = [], UNTOLD, {"refuses": True, "cites": []}
+    values, plain, _, untold, questions = RELATIONS[relation]
+    passages, answer = [], f"{plain.format(e=entity)} {untold} that the passages do not tell."
+    check: dict[str, Any] = {"refuses": True, "cites": []}
     for number, (who, what) in enumerate(shown, 1):
-        values, plain, other, _ = RELATIONS[what]
+        values, plain, other, *_ = RELATIONS[what]
         value = rng.choice(values)
-        sentence = rng.choice([plain, plain, other]).format(e=who, v=value) + "."
-        if rng.random() < 0.25:
-            sentence += " " + rng.choice(FILLERS)
-        passages.append(f"[{number}] {sentence}")
+        sentence = f"{rng.choice([plain, plain, other]).format(e=who)} {value}. [{number}]"
+        passages.append(f"{rng.choice(FILLERS)} {sentence}" if rng.random() < 0.25 else sentence)
         if (who, what) == (entity, relation):
-            answer = plain.format(e=who, v=value) + f" [{number}]."
+            answer = f"{plain.format(e=who)} {value}. [{number}]"
             check = {"refuses": False, "contains": [value], "cites": [number]}
-    question = rng.choice(RELATIONS[relation][3]).format(e=entity)
+    question = rng.choice(questions).format(e=entity)
     ask = rng.choice(["Answer from the passages and cite them.", "Use only the passages and cite the one you use."])
     prompt = "\n".join([*passages, f"{question} {ask}"])
     return _task("rag", [entity, relation, check.get("contains")], prompt, answer, check)

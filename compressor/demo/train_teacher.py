@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from compressor.demo import lexicon, tasks
 
@@ -24,7 +25,7 @@ SPECIAL = ["<s>", "<|end|>", "<pad>", *(f"<|{role}|>" for role in ROLES)]
 CALL_TAGS = ["<tool_call>", "</tool_call>"]  # ordinary tokens: decoding keeps them
 VOCAB = 2048
 CONTEXT = 512
-PROMPT_WEIGHT = 0.1
+PROMPT_WEIGHT = PROSE_WEIGHT = 0.1  # what cannot be known is learned too, but must not drown the answers
 
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -47,7 +48,6 @@ CHAT_TEMPLATE = """\
 def train_tokenizer(records: list[dict[str, Any]]):
     """A byte-level BPE of VOCAB entries over the domain; digits stand alone, so that numbers are read digit by digit."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -95,7 +95,7 @@ def encode(record: dict[str, Any], tokenizer) -> tuple[list[int], list[float]]:
     if "text" in record:
         text = tokenizer.bos_token + record["text"] + tokenizer.eos_token
         ids = tokenizer.encode(text, add_special_tokens=False)
-        return ids, [1.0] * len(ids)
+        return ids, [PROSE_WEIGHT] * len(ids)
     *prompt, reply = record["messages"]
     tools = record.get("tools")
     head = tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True)
@@ -128,8 +128,6 @@ def batches(tokenizer, *, rows: int, tokens: int, seed: int, pool: int = 16) -> 
 
 def build(tokenizer):
     """The untrained teacher: a stock Llama."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=192,
@@ -206,30 +204,38 @@ def exact(model, tokenizer, *, count: int, split: str, seed: int) -> dict[str, f
     return scores
 
 
-def train(out: Path, *, tokens: int, rows: int, lr: float, seed: int, check_every: int) -> None:
-    """Train tokenizer and teacher, save both to `out` (bf16 safetensors) with training.json beside them."""
+def train(out: Path, *, tokens: int, rows: int, lr: float, seed: int, check_every: int, start: Path | None) -> None:
+    """Train tokenizer and teacher, save both to `out` (bf16 safetensors) with training.json beside them.
+
+    `start` is the `out` of an earlier leg: its weights and tokenizer are gone on with, its tokens are counted.
+    """
     from torch.nn.functional import cross_entropy
 
     torch.manual_seed(seed)
-    sample = [tasks.as_record(t) for t in islice(tasks.generate(split="train", seed=seed + 7), 20000)]
-    tokenizer = train_tokenizer(sample)
+    earlier: dict[str, Any] = {"tokens": 0, "steps": 0, "seconds": 0, "history": []}
+    if start:
+        tokenizer = AutoTokenizer.from_pretrained(start)
+        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+        earlier = json.loads((start / "training.json").read_text())
+    else:
+        sample = [tasks.as_record(t) for t in islice(tasks.generate(split="train", seed=seed + 7), 20000)]
+        tokenizer = train_tokenizer(sample)
+        model = build(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
-    model = build(tokenizer)
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     optimizers: list[Any] = [
         Muon(matrices, lr=lr),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    forward = torch.compile(model, dynamic=True)  # a third faster than eager on two cores
     started, checked = time.monotonic(), 0
     total = weight_sum = 0.0
-    history = []
+    history = earlier["history"]
     for step, (ids, weights, seen) in enumerate(batches(tokenizer, rows=rows, tokens=tokens, seed=seed)):
         done = seen / tokens
         now = lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
-        logits = forward(input_ids=ids).logits[:, :-1]  # padding is on the right: the causal mask keeps it out
+        logits = model(input_ids=ids).logits[:, :-1]  # padding is on the right: the causal mask keeps it out
         w = weights[:, 1:]
         loss = (cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none") * w.flatten()).sum()
         (loss / w.sum()).backward()
@@ -249,7 +255,8 @@ def train(out: Path, *, tokens: int, rows: int, lr: float, seed: int, check_ever
         if seen // check_every > checked or seen >= tokens:
             checked = seen // check_every
             model.eval()
-            history.append({"tokens": seen, "exact": exact(model, tokenizer, count=100, split="test", seed=1)})
+            scores = exact(model, tokenizer, count=100, split="test", seed=1)
+            history.append({"tokens": earlier["tokens"] + seen, "exact": scores})
             model.train()
             print(history[-1], flush=True)
             saved = build(tokenizer).to(torch.bfloat16)
@@ -271,6 +278,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path)
     parser.add_argument("--check-every", type=int, default=1_000_000)
     arguments = vars(parser.parse_args())
     train(arguments.pop("out"), **arguments)

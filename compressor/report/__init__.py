@@ -225,7 +225,11 @@ def score(entry: dict[str, Any]) -> str:
 
 def model_rows(report: dict[str, Any]) -> list[list[str]]:
     """Measure, teacher, pruned, student: the table at the heart of both pages."""
-    models = [report[model] for model in MODELS]
+    return measure_rows([report[model] for model in MODELS])
+
+
+def measure_rows(models: list[dict[str, Any]]) -> list[list[str]]:
+    """One row per measure, one column per model (in the form of report.json)."""
     rows = [
         ["parameters", *(short(model["parameters"]) for model in models)],
         ["size on disk", *(size(model["bytes"]) for model in models)],
@@ -234,7 +238,8 @@ def model_rows(report: dict[str, Any]) -> list[list[str]]:
     ]
     for key, words in (("kl", "KL to the teacher (nats)"), ("top1", "same top token as the teacher")):
         rows.append([words, *(_agreed(model, key) for model in models)])
-    skills = [name for name in report["teacher"]["skills"] if any(m["skills"].get(name, {}).get("n") for m in models)]
+    names = dict.fromkeys(name for model in models for name in model["skills"])
+    skills = [name for name in names if any(model["skills"].get(name, {}).get("n") for model in models)]
     rows += [[skill, *(score(model["skills"][skill]) for model in models)] for skill in skills]
     if skills:
         rows.append(["all skills", *(score(model["overall"]) for model in models)])
@@ -285,6 +290,22 @@ def render_markdown(report: dict[str, Any]) -> str:
         times = [[stage, seconds(value)] for stage, value in report["seconds"].items()]
         parts += ["## Time", markdown_table(["stage", "time"], times)]
     return "\n\n".join(parts) + "\n"
+
+
+def render_evaluation(evaluation: dict[str, Any]) -> None:
+    """Print {"what", "against", "result"}, the outcome of evaluating one model, as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    title = evaluation["what"] + (f" against {evaluation['against']}" if evaluation["against"] else "")
+    table = Table(title=Text(title), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for row in measure_rows([_model(evaluation["result"])]):
+        if row[1] != "-":
+            table.add_row(*map(Text, row))
+    Console().print(table)
 
 
 def kept_lines(kept: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
-"""What a batch means to a model: which positions are targets, which documents see each other, how many tokens.
+"""What a batch means to a model: which positions are targets, which documents see each other.
 
-A batch holds input_ids and labels (-100: no target) and optionally attention_mask and position_ids that restart
-at each document of a packed row; all (B, T). A row is the same without B.
+A batch holds input_ids and labels (-100: no target) and optionally attention_mask and position_ids that
+restart at each document of a packed row; all (B, T). A row is the same without B.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def targets(batch: Batch) -> Tensor:
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Final hidden states after the last norm, (B, T, hidden), no document of a row seeing another.
 
-    transformers separates packed documents by position ids that restart, but only when neither an attention mask
-    nor a cache is given; so padding is told by position ids too, never by a mask.
+    transformers separates packed documents by position ids that restart, but only when neither an
+    attention mask nor a cache is given; so padding is told by position ids too, never by a mask.
     """
     causal_lm: Any = model
-    output = causal_lm.get_decoder()(input_ids=batch["input_ids"], position_ids=position_ids(batch), use_cache=False)
-    return output.last_hidden_state
+    decoder = causal_lm.get_decoder()
+    return decoder(input_ids=batch["input_ids"], position_ids=position_ids(batch), use_cache=False).last_hidden_state
 
 
 def position_ids(batch: Batch) -> Tensor:
@@ -48,7 +48,7 @@ def position_ids(batch: Batch) -> Tensor:
     mask = batch.get("attention_mask")
     positions = batch.get("position_ids")
     if positions is None:
-        # Zeros before the first real token: each is a document of its own to transformers, and no one sees it.
+        # Zeros before the first real token: each is a document of its own to transformers, seen by none.
         positions = steps_T.expand_as(ids) if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     if mask is None:
         return positions

@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 from ..errors import UserError
 from .batches import Batch, num_steps, targets
 from .metrics import Progress, metric_lines
-from .trainer import LossFunction, NotFinite, Trainer, checkpoint_step, last_checkpoint
+from .trainer import LossFunction, NotFiniteError, Trainer, checkpoint_step, last_checkpoint
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,17 @@ def train(
 ) -> TrainResult:
     """Train `model` (its weights are made float32) and return how it went; run again after a kill, it continues.
 
-    `batches` yields rows (T,) endlessly, and the same ones from the start each time it is iterated; `heldout`
-    holds collated batches. `settings` has the fields of recipe.Distill; its `tokens` (non-padding input tokens)
-    set the number of steps. Checkpoints and TensorBoard logs go to `folder`; lines of step, tokens, seconds, loss,
-    lr, grad_norm, tokens_per_second or heldout_loss, heldout_kl, heldout_ce to `metrics` (default
-    folder/metrics.jsonl). The held-out loss is taken before the first step, every `eval_every` steps and at the
-    end; the best checkpoint and the last are kept. On CPU a resumed run ends in the same bits.
-    Raises UserError for settings that do not fit together, empty data and a full disk.
+    `batches` yields rows (T,) endlessly, and the same ones from the start each time it is iterated;
+    `heldout` holds collated batches. `settings` has the fields of recipe.Distill; its `tokens`
+    (non-padding input tokens) set the number of steps. Checkpoints and TensorBoard logs go to `folder`;
+    lines of step, tokens, seconds, loss, lr, grad_norm, tokens_per_second or heldout_loss, heldout_kl,
+    heldout_ce to `metrics` (default folder/metrics.jsonl). The held-out loss is taken before the first
+    step, every `eval_every` steps and at the end; the best checkpoint and the last are kept. On CPU a
+    resumed run ends in the same bits. Raises UserError for settings that do not fit together, empty data
+    and a full disk.
     """
     if not any(bool(targets(batch).any()) for batch in heldout):
-        raise UserError("the held-out data has no target token; expected at least one; use more or other data")
+        raise UserError("the held-out data has no target token; expected at least one; use more data")
     steps = num_steps(batches, tokens=settings.tokens, batch=settings.batch)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(settings, steps=steps, folder=folder, seed=seed)
@@ -94,7 +95,7 @@ def train(
         status = "ok"
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        except NotFinite:
+        except NotFiniteError:
             status = "not_finite"
         finally:
             progress.close()
@@ -124,8 +125,8 @@ def _arguments(settings: Any, *, steps: int, folder: Path, seed: int) -> Trainin
     """The Trainer's arguments for our settings. UserError for settings that do not fit together."""
     if settings.warmup_steps >= steps:
         raise UserError(
-            f"distill.tokens pays for {steps} steps and distill.warmup_steps is {settings.warmup_steps}; expected "
-            "fewer warm-up steps than steps; raise distill.tokens or lower distill.warmup_steps"
+            f"distill.tokens pays for {steps} steps and distill.warmup_steps is {settings.warmup_steps}; "
+            "expected fewer warm-up steps than steps; raise distill.tokens or lower distill.warmup_steps"
         )
     if settings.min_lr > settings.lr:
         raise UserError(
@@ -171,8 +172,8 @@ def _arguments(settings: Any, *, steps: int, folder: Path, seed: int) -> Trainin
     if settings.batch % per_step:
         raise UserError(
             f"distill.batch is {settings.batch} rows, and {arguments.world_size} process(es) take "
-            f"{settings.micro_batch} each at a time; expected a multiple of {per_step}; change distill.batch or "
-            "distill.micro_batch"
+            f"{settings.micro_batch} each at a time; expected a multiple of {per_step}; "
+            "change distill.batch or distill.micro_batch"
         )
     arguments.gradient_accumulation_steps = settings.batch // per_step
     return arguments

@@ -1,8 +1,9 @@
-"""transformers.Trainer with a loss function, token-exact normalisation and checkpoints that are whole or absent.
+"""transformers.Trainer with a loss function, token-exact normalisation and whole checkpoints.
 
-The student lives inside `Objective`, whose forward computes the loss: wrapping that module (DDP) keeps gradient
-hooks in the path without any full logits. Checkpoints are written aside, synced and renamed, so a `checkpoint-N`
-folder is whole whenever it exists; each is a stock Hugging Face folder plus the Trainer's state.
+The student lives inside `Objective`, whose forward computes the loss: wrapping that module (DDP) keeps
+gradient hooks in the path without any full logits. Checkpoints are written aside, synced and renamed, so
+a `checkpoint-N` folder is whole whenever it exists; each is a stock Hugging Face folder plus the
+Trainer's state.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class LossSum(NamedTuple):
 LossFunction = Callable[[nn.Module, Batch], LossSum]
 
 
-class NotFinite(RuntimeError):
+class NotFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite: the step is not taken."""
 
 
@@ -132,12 +133,13 @@ class Trainer(transformers.Trainer):
         return batches, int(num_targets)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The last stop before the optimizer's step, with the step's loss complete and its gradients reduced."""
-        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))  # pyright: ignore[reportArgumentType]
+        """The last stop before the optimizer's step: its loss is complete, its gradients are reduced."""
+        found: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = float(found)
         [loss] = self._over_ranks([self._step_loss.item()])
         self._step_loss.zero_()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NotFinite(f"loss {loss}, gradient norm {norm} at step {self.state.global_step + 1}")
+            raise NotFiniteError(f"loss {loss}, gradient norm {norm} at step {self.state.global_step + 1}")
         return norm
 
     def _over_ranks(self, values: Sequence[float]) -> list[float]:
@@ -170,7 +172,7 @@ class Trainer(transformers.Trainer):
         self.log(dict(metrics))
         self._last_log += time.perf_counter() - begun  # speed is that of training
         if not math.isfinite(metrics["eval_loss"]):
-            raise NotFinite(f"held-out loss {metrics['eval_loss']} at step {self.state.global_step}")
+            raise NotFiniteError(f"held-out loss {metrics['eval_loss']} at step {self.state.global_step}")
         if self.state.global_step == 0:
             self.state.best_metric = metrics["eval_loss"]  # what a checkpoint has to beat
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -193,7 +195,7 @@ class Trainer(transformers.Trainer):
     # -- checkpoints: whole or absent
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Clocks and metrics.jsonl follow the checkpoint: lines of steps that a kill undid are written again."""
+        """Clocks and metrics follow the checkpoint: lines of steps that a kill undid are written again."""
         counts = super()._init_training_state(*args, **kwargs)
         history = self.state.log_history
         self._last_log = self._started = time.perf_counter()
