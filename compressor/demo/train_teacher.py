@@ -25,6 +25,7 @@ SPECIAL = ["<s>", "<|end|>", "<pad>", *(f"<|{role}|>" for role in ROLES)]
 CALL_TAGS = ["<tool_call>", "</tool_call>"]  # ordinary tokens: decoding keeps them
 VOCAB = 2048
 CONTEXT = 512
+STRATA = 3  # micro-batches of a step: short, middling, long rows
 PROMPT_WEIGHT = PROSE_WEIGHT = 0.1  # what cannot be known is learned too, but must not drown the answers
 
 CHAT_TEMPLATE = """\
@@ -104,26 +105,34 @@ def encode(record: dict[str, Any], tokenizer) -> tuple[list[int], list[float]]:
     return head_ids + reply_ids, [PROMPT_WEIGHT] * len(head_ids) + [1.0] * len(reply_ids)
 
 
-def batches(tokenizer, *, rows: int, tokens: int, seed: int, pool: int = 16) -> Iterator[tuple[Any, Any, int]]:
-    """Endless (ids (B, T), target weights (B, T), tokens seen so far) until `tokens` have been given out."""
+def batches(tokenizer, *, rows: int, tokens: int, seed: int, pool: int = 12) -> Iterator[tuple[list[Any], int]]:
+    """Steps of micro-batches [(ids (B, T), target weights (B, T)), ...] and the tokens seen, until `tokens` are spent.
+
+    Rows of like length go together, so that little is padding; a step takes a short, a middling and a long micro-batch,
+    since length goes with skill and a step on one skill alone would unlearn the others.
+    """
     streams = {
         most: tasks.generate(split="train", seed=1000 * seed + most, most_passages=most) for most in (1, 2, 3, 4)
     }
     seen = 0
     while seen < tokens:
         most = min(4, 1 + int(16 * seen / tokens))  # one passage for a sixteenth of the time, then two, three, four
-        encoded = [encode(tasks.as_record(task), tokenizer) for task in islice(streams[most], rows * pool)]
+        encoded = [encode(tasks.as_record(task), tokenizer) for task in islice(streams[most], rows * STRATA * pool)]
         encoded.sort(key=lambda pair: len(pair[0]))
-        order = torch.randperm(pool).tolist()
-        for group in (encoded[i * rows : (i + 1) * rows] for i in order):
-            longest = max(len(ids) for ids, _ in group)
-            ids = torch.full((rows, longest), tokenizer.pad_token_id)
-            weights = torch.zeros(rows, longest)
-            for row, (row_ids, row_weights) in enumerate(group):
-                ids[row, : len(row_ids)] = torch.tensor(row_ids)
-                weights[row, : len(row_ids)] = torch.tensor(row_weights)
-                seen += len(row_ids)
-            yield ids, weights, seen
+        groups = [_padded(encoded[i : i + rows], tokenizer) for i in range(0, len(encoded), rows)]
+        orders = [[stratum * pool + i for i in torch.randperm(pool).tolist()] for stratum in range(STRATA)]
+        for step in zip(*orders, strict=True):
+            seen += sum(int((groups[i][1] > 0).sum()) for i in step)
+            yield [groups[i] for i in step], seen
+
+
+def _padded(pairs: list[tuple[list[int], list[float]]], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.full((len(pairs), max(len(row) for row, _ in pairs)), tokenizer.pad_token_id)
+    weights = torch.zeros(ids.shape)
+    for row, (row_ids, row_weights) in enumerate(pairs):
+        ids[row, : len(row_ids)] = torch.tensor(row_ids)
+        weights[row, : len(row_ids)] = torch.tensor(row_weights)
+    return ids, weights
 
 
 def build(tokenizer):
@@ -232,19 +241,22 @@ def train(out: Path, *, tokens: int, rows: int, lr: float, seed: int, check_ever
     started, checked = time.monotonic(), 0
     total = weight_sum = 0.0
     history = earlier["history"]
-    for step, (ids, weights, seen) in enumerate(batches(tokenizer, rows=rows, tokens=tokens, seed=seed)):
+    for step, (micro_batches, seen) in enumerate(batches(tokenizer, rows=rows, tokens=tokens, seed=seed)):
         done = seen / tokens
-        now = lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
-        logits = model(input_ids=ids).logits[:, :-1]  # padding is on the right: the causal mask keeps it out
-        w = weights[:, 1:]
-        loss = (cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none") * w.flatten()).sum()
-        (loss / w.sum()).backward()
+        now = lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+        step_weight = sum(weights[:, 1:].sum().item() for _, weights in micro_batches)
+        for ids, weights in micro_batches:
+            logits = model(input_ids=ids).logits[:, :-1]  # padding is on the right: the causal mask keeps it out
+            losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            loss = (losses * weights[:, 1:].flatten()).sum() / step_weight
+            loss.backward()
+            total += loss.item() * step_weight
+        weight_sum += step_weight
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = now
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        total, weight_sum = total + loss.item(), weight_sum + w.sum().item()
         if step % 50 == 49:
             spent = time.monotonic() - started
             print(
@@ -275,7 +287,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=12_000_000)
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=16, help="of a micro-batch")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path)
