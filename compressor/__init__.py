@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressor.pipeline import distill, evaluate, package, plan
+    from .pipeline import distill, evaluate, package, plan
 
 __all__ = ["distill", "evaluate", "package", "plan"]
 

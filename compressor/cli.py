@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compressor.errors import CheckFailed, UserError
+from .errors import CheckFailed, UserError
 
 app = typer.Typer(
     name="compressor",
@@ -57,7 +57,7 @@ def _recipe_values(
     teacher: str | None, target: str | None, data: str | None, recipe: str | None, settings: list[str] | None
 ) -> dict[str, Any]:
     """Nested values from the command line laid over the recipe file."""
-    from compressor.recipe import load_values, set_value
+    from .recipe import load_values, set_value
 
     values: dict[str, Any] = load_values(recipe) if recipe else {}
     for setting in settings or []:
@@ -82,8 +82,8 @@ def plan(
     """What would happen: shapes, bytes, memory, time. Needs only the teacher's config."""
     from rich.console import Console
 
-    from compressor import pipeline
-    from compressor.plan import render
+    from . import pipeline
+    from .plan import render
 
     planned = pipeline.plan(_recipe_values(teacher, target, data, recipe, settings))
     if as_json:
@@ -106,7 +106,7 @@ def distill(
     """Prune the teacher to the target size, distill it back to health, judge it. Run it again to resume."""
     if dry_run:
         return plan(teacher, target, data, recipe, settings, as_json)
-    from compressor import pipeline
+    from . import pipeline
 
     report = pipeline.distill(_recipe_values(teacher, target, data, recipe, settings), out=out, say=_say)
     if as_json:
@@ -130,7 +130,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Judge a model: perplexity, agreement with its teacher, the four skills with confidence intervals."""
-    from compressor import pipeline
+    from . import pipeline
 
     result = pipeline.evaluate(
         what, against=against, suites=suite, data=data, prompts=prompts, tokens=tokens, seed=seed, say=_say
@@ -138,7 +138,7 @@ def evaluate(
     if as_json:
         _print_json(result)
     else:
-        from compressor.report import render_evaluation
+        from .report import render_evaluation
 
         render_evaluation(result)
 
@@ -150,7 +150,7 @@ def package(
     as_json: Json = False,
 ) -> None:
     """Write the student's model card and checksums; push it to the Hub if asked."""
-    from compressor import pipeline
+    from . import pipeline
 
     result = pipeline.package(run, push=push, say=_say)
     if as_json:

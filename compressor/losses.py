@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from compressor.errors import UserError
+from .errors import UserError
 
 # Rows of the head whose gradient is widened to float32 at a time when products are made in half precision.
 HEAD_ROWS = 8192

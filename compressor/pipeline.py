@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import recipe as recipes
-from compressor.architecture import choose, parse_target
-from compressor.errors import CheckFailed, UserError
-from compressor.progress import progress
-from compressor.run import Run, read_json, staged, write_json, write_text
-from compressor.shape import Shape
+from . import recipe as recipes
+from .architecture import choose, parse_target
+from .errors import CheckFailed, UserError
+from .progress import progress
+from .run import Run, read_json, staged, write_json, write_text
+from .shape import Shape
 
 if TYPE_CHECKING:
-    from compressor.checkpoint import Checkpoint
-    from compressor.plan import Plan
-    from compressor.recipe import Recipe
+    from .checkpoint import Checkpoint
+    from .plan import Plan
+    from .recipe import Recipe
 
 Say = Callable[[str], None]
 
@@ -48,7 +48,7 @@ class Job:
 
     @property
     def tokenizer(self) -> Any:
-        from compressor.checkpoint import load_tokenizer
+        from .checkpoint import load_tokenizer
 
         return load_tokenizer(self.teacher.folder, trust_remote_code=self.recipe.trust_remote_code)
 
@@ -64,9 +64,9 @@ class Job:
 
 def importance(job: Job) -> str:
     """Score every layer, channel, neuron and head of the teacher by forward passes over calibration rows."""
-    from compressor import importance, teacher
-    from compressor.data import calibration_batches, records
-    from compressor.scores import Scores
+    from . import importance, teacher
+    from .data import calibration_batches, records
+    from .scores import Scores
 
     settings = job.recipe.importance
     removed = job.teacher.shape.num_layers - job.shape.num_layers
@@ -109,9 +109,9 @@ def importance(job: Job) -> str:
 
 def surgery(job: Job) -> str:
     """Cut the least important parts and write the pruned model as a stock checkpoint, reloaded and checked."""
-    from compressor import surgery
-    from compressor.report import kept_summary
-    from compressor.scores import Scores
+    from . import surgery
+    from .report import kept_summary
+    from .scores import Scores
 
     kept = surgery.select(Scores.load(job.run.scores), job.teacher.shape, job.shape)
     total = surgery.output_bytes(job.teacher, kept=kept, shape=job.shape)
@@ -128,10 +128,10 @@ def surgery(job: Job) -> str:
 
 def distill_student(job: Job) -> str:
     """Train the pruned model to predict what the teacher predicts; the best checkpoint becomes the student."""
-    from compressor import teacher
-    from compressor.checkpoint import load_tokenizer
-    from compressor.data import Blocks, check_same_tokens, heldout_batches
-    from compressor.distill import distill
+    from . import teacher
+    from .checkpoint import load_tokenizer
+    from .data import Blocks, check_same_tokens, heldout_batches
+    from .distill import distill
 
     settings, context = job.recipe.distill, job.recipe.data.context
     tokenizer = job.tokenizer
@@ -161,8 +161,8 @@ def distill_student(job: Job) -> str:
 
 def _write_student(job: Job, best: Path) -> None:
     """Save the best weights in the teacher's precision, with the tokenizer and generation config beside them."""
-    from compressor.checkpoint import copy_tokenizer, load_model
-    from compressor.surgery import verify
+    from .checkpoint import copy_tokenizer, load_model
+    from .surgery import verify
 
     dtype = job.teacher.config.get("dtype") or job.teacher.config.get("torch_dtype") or "float32"
     with staged(job.run.student) as folder:
@@ -173,9 +173,9 @@ def _write_student(job: Job, best: Path) -> None:
 
 def evaluate_all(job: Job) -> str:
     """Judge teacher, pruned model and student alike: held-out text, agreement with the teacher, the four skills."""
-    from compressor.data import text_batches
-    from compressor.evaluate import evaluate as judge
-    from compressor.runtime import TorchRuntime
+    from .data import text_batches
+    from .evaluate import evaluate as judge
+    from .runtime import TorchRuntime
 
     settings = job.recipe.evaluate
     tokenizer = job.tokenizer
@@ -205,8 +205,8 @@ def evaluate_all(job: Job) -> str:
 
 def report(job: Job) -> str:
     """Write the report, the student's model card and its checksums."""
-    from compressor import report
-    from compressor.package import write_card, write_checksums
+    from . import report
+    from .package import write_card, write_checksums
 
     status = (job.run.done("distill") or {})["status"]
     written = report.write(job.run.folder, status="done" if status == "ok" else status)
@@ -229,7 +229,7 @@ STAGES: dict[str, Callable[[Job], str]] = {
 
 def plan(recipe: Recipe | dict[str, Any]) -> Plan:
     """What `distill` would do: shapes, bytes, memory, time. UserError for a bad recipe, teacher or target."""
-    from compressor.plan import plan
+    from .plan import plan
 
     return plan(_checked(recipe))
 
@@ -240,8 +240,8 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     `recipe` is a Recipe or its nested values; `say` is handed a line per stage. Raises UserError for input that has to
     change, CheckFailed when the student came out worse than it went in (report and best checkpoint are still written).
     """
-    from compressor.checkpoint import Checkpoint, resolve
-    from compressor.data import DEFAULT_DATA
+    from .checkpoint import Checkpoint, resolve
+    from .data import DEFAULT_DATA
 
     recipe = _checked(recipe)
     teacher = Checkpoint(resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code))
@@ -287,10 +287,10 @@ def evaluate(
     A run folder brings its own teacher and data. `suites` are names of skills or JSONL files; default all four.
     Raises UserError for what cannot be found, loaded or asked.
     """
-    from compressor.checkpoint import resolve
-    from compressor.data import text_batches
-    from compressor.evaluate import evaluate as judge
-    from compressor.runtime import TorchRuntime
+    from .checkpoint import resolve
+    from .data import text_batches
+    from .evaluate import evaluate as judge
+    from .runtime import TorchRuntime
 
     section: dict[str, Any] = {}
     if (Path(what) / "run.json").exists():
@@ -319,8 +319,8 @@ def evaluate(
 
 def package(run_folder: Path | str, *, push: str | None = None, say: Say = _quiet) -> dict[str, Any]:
     """Write a finished run's card and checksums again, and push its student if asked: {"folder", "files", "url"}."""
-    from compressor.package import CHECKSUMS, check_checksums, write_card, write_checksums
-    from compressor.package import push as upload
+    from .package import CHECKSUMS, check_checksums, write_card, write_checksums
+    from .package import push as upload
 
     run = _finished(Run(run_folder))
     values = recipes.load_values(str(run.recipe))
@@ -377,9 +377,9 @@ def _open(run: Run, recipe: Recipe) -> None:
 
 def _suites(names: list[str] | None, tokenizer: Any, *, prompts: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Tasks by skill: the built-in suites by name, files by path. A model without a chat template is asked none."""
-    from compressor.demo import tasks
-    from compressor.evaluate.run_skills import read_suite
-    from compressor.evaluate.skills import SKILLS
+    from .demo import tasks
+    from .evaluate.run_skills import read_suite
+    from .evaluate.skills import SKILLS
 
     if not tokenizer.chat_template:
         if names:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compressor.errors import UserError
-from compressor.shape import Shape
+from .errors import UserError
+from .shape import Shape
 
 Aggregation = Literal["l2", "mean", "var"]
 

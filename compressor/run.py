@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import UserError
+from .errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from compressor.demo import lexicon as lex
+from . import lexicon as lex
 
 TYPES = {"count": "integer", "hour": "integer"}  # every other slot is a string
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
-from compressor.demo import lexicon as lex
-from compressor.demo.functions import FUNCTIONS, Function
+from . import lexicon as lex
+from .functions import FUNCTIONS, Function
 
 TEST_SHARE = 0.05
 DECLINE = "None of the functions can do that."

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from compressor.demo import lexicon, tasks
+from . import lexicon, tasks
 
 ROLES = ("system", "user", "assistant", "tool")
 SPECIAL = ["<s>", "<|end|>", "<pad>", *(f"<|{role}|>" for role in ROLES)]
@@ -187,7 +187,7 @@ class Muon(torch.optim.Optimizer):
 
 def exact(model, tokenizer, *, count: int, split: str, seed: int) -> dict[str, float]:
     """Share of tasks of each skill that greedy answers pass."""
-    from compressor.evaluate.skills import SKILLS, passes
+    from ..evaluate.skills import SKILLS, passes
 
     scores = {}
     for skill in SKILLS:
@@ -275,12 +275,14 @@ def train(out: Path, *, tokens: int, rows: int, lr: float, seed: int, check_ever
             saved.load_state_dict(model.state_dict())
             saved.save_pretrained(out)
             facts = {
-                "tokens": seen,
-                "steps": step + 1,
-                "seconds": round(time.monotonic() - started),
+                "tokens": earlier["tokens"] + seen,
+                "steps": earlier["steps"] + step + 1,
+                "seconds": earlier["seconds"] + round(time.monotonic() - started),
                 "seed": seed,
+                "exact": scores,
+                "history": history,
             }
-            (out / "training.json").write_text(json.dumps(facts | {"history": history}, indent=1) + "\n")
+            (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from compressor.errors import UserError
+from ..errors import UserError
 
 SKILLS = ("instruction", "roleplay", "rag", "tools")
 
