@@ -243,6 +243,7 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     from .checkpoint import Checkpoint, resolve
     from .data import DEFAULT_DATA
 
+    _hush()
     recipe = _checked(recipe)
     teacher = Checkpoint(resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code))
     shape = choose(parse_target(recipe.target), teacher.shape)
@@ -292,6 +293,7 @@ def evaluate(
     from .evaluate import evaluate as judge
     from .runtime import TorchRuntime
 
+    _hush()
     section: dict[str, Any] = {}
     if (Path(what) / "run.json").exists():
         recipe = recipes.build(recipes.load_values(str(Path(what) / "recipe.yaml")), origin=what)
@@ -339,6 +341,16 @@ def package(run_folder: Path | str, *, push: str | None = None, say: Say = _quie
 
 
 # --- small things ---------------------------------------------------------------------------------------------------
+
+
+def _hush() -> None:
+    """Keep the libraries' own bars and talk off the screen; ours say what there is to say."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _checked(recipe: Recipe | dict[str, Any]) -> Recipe:

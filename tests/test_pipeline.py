@@ -110,7 +110,7 @@ def test_the_report_says_what_was_measured(finished):
     assert report["teacher"]["parameters"] > report["student"]["parameters"] == report["pruned"]["parameters"]
     assert report["shape"]["student"]["hidden"] == 36
     assert set(report["student"]["skills"]) == {"instruction", "roleplay", "rag", "tools"}
-    assert report["student"]["perplexity"] < report["pruned"]["perplexity"]
+    assert report["agreement"]["kl"] == report["student"]["agreement"]["kl"] < report["pruned"]["agreement"]["kl"]
     assert 3500 <= report["tokens"]["distill"] <= 4500
     assert set(report["seconds"]) == {"importance", "surgery", "distill", "evaluate", "report"} or set(
         report["seconds"]

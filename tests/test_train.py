@@ -202,7 +202,7 @@ def test_best_and_last_checkpoints_are_kept(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path):
-    result, weights = run(tmp_path, loss=poisoned_loss, rows=Rows(poison=8 * 5 + 3))
+    result, weights = run(tmp_path, loss=poisoned_loss, rows=Rows(poison=8 * 5 + 3), save_every=50)
     assert result.status == "not_finite"
     assert result.steps == 5
     assert result.best_folder == tmp_path / "checkpoint-4"
