@@ -139,7 +139,7 @@ def distill_student(job: Job) -> str:
     result = distill(
         job.run.pruned,
         teacher=teacher.load(job.teacher.folder, trust_remote_code=job.recipe.trust_remote_code),
-        batches=Blocks(job.source, tokenizer, context=context, **job.data),
+        batches=Blocks(job.source, tokenizer, context=context, group=settings.micro_batch, **job.data),
         heldout=heldout_batches(
             job.source,
             tokenizer,

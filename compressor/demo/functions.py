@@ -1,6 +1,6 @@
 """The callable functions of the demo domain: names, parameter names, descriptions and requests, each in several wordings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -33,7 +33,7 @@ class Function:
         }
 
 
-def _one_of(values: list[str]) -> Callable[[Random], str]:
+def _one_of(values: Sequence[str]) -> Callable[[Random], str]:
     return lambda rng: rng.choice(values)
 
 

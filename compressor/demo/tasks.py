@@ -8,7 +8,7 @@ training or to the test: the two can never share a combination, whatever the see
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -21,7 +21,7 @@ DECLINE = "None of the functions can do that."
 Task = dict[str, Any]  # {"skill", "messages", "tools"?, "check", "answer", "about": the combination that is hashed}
 
 
-def _join(items: list[str], rng: Random) -> str:
+def _join(items: Sequence[str], rng: Random) -> str:
     return rng.choice([", ".join(items), ", ".join(items[:-1]) + " and " + items[-1]])
 
 
@@ -228,7 +228,7 @@ def roleplay(rng: Random) -> Task:
 # --- RAG: answer from passages with a citation, or say that they do not tell ----------------------------------------
 
 # relation -> (values, how an answer begins, another way to tell it, what stays untold, question phrasings)
-RELATIONS: dict[str, tuple[list[str], str, str, str, list[str]]] = {
+RELATIONS: dict[str, tuple[Sequence[str], str, str, str, Sequence[str]]] = {
     "home": (
         lex.TOWNS,
         "{e} lives in",

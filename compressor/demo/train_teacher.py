@@ -168,7 +168,7 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 by_shape.setdefault(matrix.shape, []).append(matrix)
             for (rows, columns), matrices in by_shape.items():
-                gradients = torch.stack([m.grad for m in matrices])
+                gradients = torch.stack([m.grad for m in matrices if m.grad is not None])
                 state = self.state[matrices[0]]
                 average = state.setdefault("momentum", torch.zeros_like(gradients)).lerp_(
                     gradients, 1 - group["momentum"]
