@@ -189,16 +189,27 @@ def test_a_finished_run_is_read_not_trained_again(whole):
 
 
 def test_best_and_last_checkpoints_are_kept(tmp_path):
-    """Trained far too hot, the end is worse than an earlier checkpoint, and says so."""
-    result, _ = run(tmp_path, lr=0.5, min_lr=0.5, eval_every=1, save_every=1, warmup_steps=0, max_grad_norm=1e9)
+    """Two steps down, then up: the end is worse than the start, and the best of the middle is still there."""
+    trained = []
+
+    def turning(model, batch):
+        loss, parts = cross_entropy(model, batch)
+        trained.append(model.training)
+        return LossSum(-loss if model.training and sum(trained) > 2 else loss, parts)
+
+    changes = {"tokens": 1200, "eval_every": 1, "save_every": 1, "warmup_steps": 0, "min_lr": 3e-3}
+    result, _ = run(tmp_path, loss=turning, **changes)
     heldout = values(result.history, "heldout_loss")
-    assert result.status == "worse"
-    assert heldout[-1] > heldout[0]
     best = int(heldout.argmin())
-    assert result.best_heldout == pytest.approx(float(heldout.min()))
-    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
-    assert kept == {f"checkpoint-{step}" for step in {best, result.steps} - {0}}
-    assert result.best_folder == (tmp_path / f"checkpoint-{best}" if best else None)
+    assert 0 < best < result.steps
+    assert result.status == "worse"
+    assert result.last_heldout == pytest.approx(heldout[-1].item())
+    assert heldout[-1] > heldout[0]
+    assert result.best_heldout == pytest.approx(heldout.min().item())
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in (best, result.steps)
+    }
+    assert result.best_folder == tmp_path / f"checkpoint-{best}"
 
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path):
