@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 2 * 2**20  # read and written at a time: fits a CPU cache, and is long enough for a disk
 THREADS, SLOTS = 2, 6  # cutting while the main thread writes; chunks in flight
 Ids = tuple[int, ...]
-Span = tuple[int, int, Sequence[int]]  # first row, stop, and the rows wanted between them
+Span = tuple[int, int, Any]  # first row, stop, and the rows wanted between them
 
 
 @dataclass(frozen=True)
@@ -367,7 +368,7 @@ class _Saw:
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
         chunk = self.source.rows(name, first, stop, buffer=read).view(bits).numpy()
         if len(wanted) < stop - first:
-            chunk = _take(chunk, numpy.asarray(wanted) - first, axis=0, into=spare)
+            chunk = _take(chunk, wanted - first, axis=0, into=spare)
             read, spare = spare, read
         if picks is not None:
             chunk = _take(chunk, picks, axis=1, into=spare)
@@ -384,9 +385,13 @@ def _take(chunk: Any, ids: Any, *, axis: int, into: bytearray) -> Any:
 
 
 def _spans(ids: Sequence[int], most: int) -> Iterator[Span]:
-    """Ascending stretches of `ids` that lie within `most` rows: (first, stop, ids). One read serves each."""
-    begin = 0
-    for i in range(1, len(ids) + 1):
-        if i == len(ids) or ids[i] < ids[i - 1] or ids[i] >= ids[begin] + most:
-            yield ids[begin], ids[i - 1] + 1, ids[begin:i]
-            begin = i
+    """Ascending stretches of `ids` that lie within `most` rows: one read serves each."""
+    import numpy
+
+    order = numpy.asarray(ids)
+    turns = [0, *(numpy.flatnonzero(numpy.diff(order) < 0) + 1).tolist(), len(order)]
+    for begin, end in pairwise(turns):
+        while begin < end:
+            upto = begin + int(numpy.searchsorted(order[begin:end], order[begin] + most))
+            yield int(order[begin]), int(order[upto - 1]) + 1, order[begin:upto]
+            begin = upto

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -284,7 +284,7 @@ def check_finite(values: torch.Tensor, what: str) -> None:
     import torch
 
     # aminmax passes NaN on and costs a tenth of isfinite: no temporary
-    if values.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(values)):
+    if values.numel() and not all(isfinite(extreme.item()) for extreme in torch.aminmax(values)):
         raise UserError(f"{what} holds NaN or infinite weights; expected finite ones; download the model again")
 
 

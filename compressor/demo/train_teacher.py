@@ -1,8 +1,8 @@
 """Trains the embedded teacher and its tokenizer from nothing: `python -m compressor.demo.train_teacher --out DIR`.
 
-A 3.1M-parameter Llama (hidden 192, 6 layers, 8 heads) learns the four generated skills on two CPU cores in about an hour. What
-matters at this size: one example per row, answer tokens weighted 1 and prompt tokens 0.1, rows sorted by length so that
-little is padding, Muon (arXiv 2502.16982) on the matrices, and a curriculum that starts retrieval with few passages.
+A 3.1M-parameter Llama (hidden 192, 6 layers, 8 heads) learns the four generated skills on two CPU cores. What matters
+at this size: every word is one token in every form, one example per row, answer tokens weighted 1 and all others 0.1,
+and a curriculum that starts retrieval with few passages. docs/lab-notes.md tells what did not work.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from . import lexicon, tasks
 ROLES = ("system", "user", "assistant", "tool")
 SPECIAL = ["<s>", "<|end|>", "<pad>", *(f"<|{role}|>" for role in ROLES)]
 CALL_TAGS = ["<tool_call>", "</tool_call>"]  # ordinary tokens: decoding keeps them
-VOCAB = 2048
+VOCAB = 2304
 CONTEXT = 512
-STRATA = 3  # micro-batches of a step: short, middling, long rows
+STRATA = 2  # micro-batches of a step: short rows and long rows
 PROMPT_WEIGHT = PROSE_WEIGHT = 0.1  # what cannot be known is learned too, but must not drown the answers
 
 CHAT_TEMPLATE = """\
@@ -75,8 +75,8 @@ def train_tokenizer(records: list[dict[str, Any]]):
     # every word whole, with and without its space, and the words that tasks put in capitals in capitals too:
     # copying is then one token for one token, which a model this small learns far sooner
     for word in lexicon.ALL:
-        texts += [word, " " + word, word.title()] * 200
-        texts += [word.upper(), " " + word.upper()] * 200
+        forms = [word, word.upper()] + ([word.title()] if word in lexicon.NOUNS else [])
+        texts += [space + form for form in forms for space in ("", " ")] * 200
     core.train_from_iterator(texts, trainer)
     core.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in CALL_TAGS])
     tokenizer = PreTrainedTokenizerFast(
@@ -108,8 +108,8 @@ def encode(record: dict[str, Any], tokenizer) -> tuple[list[int], list[float]]:
 def batches(tokenizer, *, rows: int, tokens: int, seed: int, pool: int = 12) -> Iterator[tuple[list[Any], int]]:
     """Steps of micro-batches [(ids (B, T), target weights (B, T)), ...] and the tokens seen, until `tokens` are spent.
 
-    Rows of like length go together, so that little is padding; a step takes a short, a middling and a long micro-batch,
-    since length goes with skill and a step on one skill alone would unlearn the others.
+    Rows of like length go together, so that little is padding; a step takes a short and a long micro-batch, since
+    length goes with skill and a step on one skill alone would unlearn the others.
     """
     streams = {
         most: tasks.generate(split="train", seed=1000 * seed + most, most_passages=most) for most in (1, 2, 3, 4)
@@ -152,37 +152,6 @@ def build(tokenizer):
         pad_token_id=tokenizer.pad_token_id,
     )
     return AutoModelForCausalLM.from_config(config)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz (arXiv 2502.16982), in float32: torch's own runs in bfloat16,
-    which is forty times slower on a processor without bfloat16 arithmetic. Matrices of one shape go together."""
-
-    def __init__(self, matrices: list[torch.nn.Parameter], *, lr: float, momentum: float = 0.95) -> None:
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
-            for matrix in group["params"]:
-                by_shape.setdefault(matrix.shape, []).append(matrix)
-            for (rows, columns), matrices in by_shape.items():
-                gradients = torch.stack([m.grad for m in matrices if m.grad is not None])
-                state = self.state[matrices[0]]
-                average = state.setdefault("momentum", torch.zeros_like(gradients)).lerp_(
-                    gradients, 1 - group["momentum"]
-                )
-                update = gradients.lerp(average, group["momentum"])
-                x = update.mT if rows > columns else update
-                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):
-                    gram = x @ x.mT
-                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-                update = x.mT if rows > columns else x
-                scale = 0.4 * max(rows, columns) ** 0.5  # entries of size 0.4, where AdamW steps by one at most
-                for matrix, change in zip(matrices, update, strict=True):
-                    matrix.sub_(change, alpha=group["lr"] * scale)
 
 
 def exact(model, tokenizer, *, count: int, split: str, seed: int) -> dict[str, float]:
@@ -232,12 +201,7 @@ def train(out: Path, *, tokens: int, rows: int, lr: float, seed: int, check_ever
         model = build(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-    optimizers: list[Any] = [
-        Muon(matrices, lr=lr),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     started, checked = time.monotonic(), 0
     total = weight_sum = 0.0
     history = earlier["history"]
@@ -253,10 +217,9 @@ def train(out: Path, *, tokens: int, rows: int, lr: float, seed: int, check_ever
             total += loss.item() * step_weight
         weight_sum += step_weight
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = now
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.param_groups[0]["lr"] = now
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         if step % 50 == 49:
             spent = time.monotonic() - started
             print(
