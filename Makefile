@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: help install demo test test-slow lint format docs clean
+.PHONY: help install demo test lint format docs clean
 
 help:
 	@echo "make demo      install, then distill the embedded teacher to half its size (minutes)"
@@ -25,10 +25,7 @@ demo: install
 	$(BIN)/compressor distill --teacher demo --target 50% --out $(RUN)
 
 test: install
-	$(BIN)/python -m pytest -n 2 -m "not slow" -q
-
-test-slow: install
-	$(BIN)/python -m pytest -m slow -q
+	$(BIN)/python -m pytest -n 2 -q
 
 lint: install
 	$(BIN)/ruff check .

@@ -62,9 +62,9 @@ def _recipe_values(
     values: dict[str, Any] = load_values(recipe) if recipe else {}
     for setting in settings or []:
         set_value(values, setting)
-    for key, value in (("teacher", teacher), ("target", target), ("data.source", data)):
-        if value is not None:
-            set_value(values, f"{key}={json.dumps(value)}")
+    values |= {key: value for key, value in (("teacher", teacher), ("target", target)) if value is not None}
+    if data is not None:
+        values["data"] = values.get("data", {}) | {"source": data}
     if "target" not in values:
         raise UserError("no target; expected --target X, for example --target 50% or --target 4b")
     return values
@@ -124,8 +124,10 @@ def evaluate(
         typer.Option(help="instruction, rag, tools, roleplay, or a FILE.jsonl of tasks; repeatable."),
     ] = None,
     data: Data = None,
-    prompts: Annotated[int, typer.Option(help="Tasks per skill.", min=1)] = 100,
-    tokens: Annotated[int, typer.Option(help="Held-out tokens.", min=1)] = 100_000,
+    prompts: Annotated[int | None, typer.Option(help="Tasks per skill. [default: a run's own, or 100]", min=1)] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Held-out tokens. [default: a run's own, or 100000]", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which tasks of a suite are drawn.")] = 0,
     as_json: Json = False,
 ) -> None:

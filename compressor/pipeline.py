@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .plan import Plan
     from .recipe import Recipe
+    from .scores import Scores
 
 Say = Callable[[str], None]
 
@@ -43,7 +44,6 @@ class Job:
     teacher: Checkpoint
     shape: Shape
     say: Say
-    source: str  # of the data
     facts: dict[str, Any] = field(default_factory=dict)  # what the current stage wants noted with its mark
 
     @property
@@ -51,6 +51,11 @@ class Job:
         from .checkpoint import load_tokenizer
 
         return load_tokenizer(self.teacher.folder, trust_remote_code=self.recipe.trust_remote_code)
+
+    @property
+    def source(self) -> str:
+        """Where the data come from; the recipe names it once the run is open."""
+        return str(self.recipe.data.source)
 
     @property
     def data(self) -> dict[str, Any]:
@@ -66,45 +71,55 @@ def importance(job: Job) -> str:
     """Score every layer, channel, neuron and head of the teacher by forward passes over calibration rows."""
     from . import importance, teacher
     from .data import calibration_batches, records
-    from .scores import Scores
 
     settings = job.recipe.importance
     removed = job.teacher.shape.num_layers - job.shape.num_layers
-    if settings.scores:
-        scores = Scores.load(settings.scores)
-        if scores.teacher != job.teacher.fingerprint():
-            raise UserError(
-                f"{settings.scores} was measured on another teacher; expected scores of {job.recipe.teacher}; "
-                "unset importance.scores to measure them"
-            )
-        scores.save(job.run.scores)
-        return f"reused {settings.scores}"
+    blocks = importance.candidate_blocks(job.teacher.shape.num_layers, removed) if removed else []
 
     def rows(samples: int) -> Any:
         stream = records(job.source, part="train", **job.data)
         sizes = {"context": job.recipe.data.context, "batch_size": settings.batch_size}
         return calibration_batches(stream, job.tokenizer, samples=samples, **sizes)
 
-    model = teacher.load(job.teacher.folder, trust_remote_code=job.recipe.trust_remote_code)
-    by_influence = removed and settings.depth == "block_influence"
-    with progress("importance", total=settings.samples, unit="rows") as advance:
-        scores = importance.measure(
-            model,  # pyright: ignore[reportArgumentType] - a causal LM of transformers
-            rows(settings.samples),
-            batch=settings.batch,
-            sequence=settings.sequence,
-            block_sizes=(removed,) if by_influence else (),
-            teacher=job.teacher.fingerprint(),
-            progress=advance,
-        )
-    if removed and settings.depth == "perplexity":
-        blocks = importance.candidate_blocks(job.teacher.shape.num_layers, removed)
+    scores = _reused_scores(job) if settings.scores else None
+    model: Any = None
+    if scores is None or (removed and settings.depth == "perplexity" and not set(blocks) <= set(scores.removal)):
+        model = teacher.load(job.teacher.folder, trust_remote_code=job.recipe.trust_remote_code)
+    if scores is None:
+        with progress("importance", total=settings.samples, unit="rows") as advance:
+            scores = importance.measure(
+                model,
+                rows(settings.samples),
+                batch=settings.batch,
+                sequence=settings.sequence,
+                block_sizes=(removed,) if removed and settings.depth == "block_influence" else (),
+                teacher=job.teacher.fingerprint(),
+                progress=advance,
+            )
+    if model is not None and removed and settings.depth == "perplexity":
         batches = -(-settings.depth_samples // settings.batch_size)
         with progress("layers", total=batches * len(blocks), unit="passes") as advance:
-            scores.removal = importance.removal_loss(model, rows(settings.depth_samples), blocks, progress=advance)  # pyright: ignore[reportArgumentType]
+            scores.removal |= importance.removal_loss(model, rows(settings.depth_samples), blocks, progress=advance)
     scores.save(job.run.scores)
     job.run.note(fingerprints={"teacher": scores.teacher, "calibration": scores.calibration})
-    return f"{scores.about['rows']} rows, {int(scores.about['tokens']):,} tokens"
+    reused = f", reused from {settings.scores}" if settings.scores else ""
+    return f"{scores.about['rows']} rows, {int(scores.about['tokens']):,} tokens{reused}"
+
+
+def _reused_scores(job: Job) -> Scores:
+    """The scores of an earlier run, if they are of this teacher and were aggregated as this recipe asks."""
+    from .scores import Scores
+
+    settings = job.recipe.importance
+    scores = Scores.load(str(settings.scores))
+    wanted = {"teacher": job.teacher.fingerprint(), "batch": settings.batch, "sequence": settings.sequence}
+    for key, value in wanted.items():
+        if scores.about.get(key) != value:
+            raise UserError(
+                f"{settings.scores} was measured with another {key} ({scores.about.get(key)}); expected {value}; "
+                "unset importance.scores to measure anew"
+            )
+    return scores
 
 
 def surgery(job: Job) -> str:
@@ -155,7 +170,9 @@ def distill_student(job: Job) -> str:
         metrics=job.run.metrics,
     )
     _write_student(job, result.best_folder)
-    job.facts = {"status": result.status, "summary": result.describe(), "tokens": result.tokens}
+    # the training time of all sessions, where a kill came between
+    seconds = {"seconds": round(result.seconds, 2)}
+    job.facts = {"status": result.status, "summary": result.describe(), "tokens": result.tokens} | seconds
     return result.describe()
 
 
@@ -242,20 +259,23 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     """
     from .checkpoint import Checkpoint, resolve
     from .data import DEFAULT_DATA
+    from .plan import teacher_config
 
     _hush()
     recipe = _checked(recipe)
+    # a target that cannot be met is told from the config alone, before gigabytes are fetched
+    choose(parse_target(recipe.target), Shape.from_config(teacher_config(recipe.teacher)))
     teacher = Checkpoint(resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code))
     shape = choose(parse_target(recipe.target), teacher.shape)
     positions = teacher.config.get("max_position_embeddings") or recipe.data.context
     recipe = recipes.resolve(recipe, teacher=teacher.shape, student=shape, max_positions=positions)
-    source = recipe.data.source or DEFAULT_DATA
     if recipe.data.source is None:
         say(f"data: {DEFAULT_DATA} (the default; choose another with --data)")
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": DEFAULT_DATA})})
     run = Run(out or Path("runs") / _slug(f"{Path(recipe.teacher).name}-{recipe.target}"))
     with run.locked():
-        _open(run, recipe)
-        job = Job(run, recipe, teacher, shape, say, source)
+        _open(run, recipe, teacher)
+        job = Job(run, recipe, teacher, shape, say)
         for name, stage in STAGES.items():
             if (mark := run.done(name)) is not None:
                 say(f"{name:<11} done before ({mark['seconds']:.1f} s)")
@@ -278,14 +298,14 @@ def evaluate(
     against: str | None = None,
     suites: list[str] | None = None,
     data: str | None = None,
-    prompts: int = 100,
-    tokens: int = 100_000,
+    prompts: int | None = None,
+    tokens: int | None = None,
     seed: int = 0,
     say: Say = _quiet,
 ) -> dict[str, Any]:
     """Judge one model (a run folder means its student) and return {"what", "against", "result"}.
 
-    A run folder brings its own teacher and data. `suites` are names of skills or JSONL files; default all four.
+    A run folder brings its own teacher, data and settings. `suites` name skills or JSONL files; default all four.
     Raises UserError for what cannot be found, loaded or asked.
     """
     from .checkpoint import resolve
@@ -295,27 +315,37 @@ def evaluate(
 
     _hush()
     section: dict[str, Any] = {}
+    settings, context = recipes.Evaluate(), 1024  # pyright: ignore[reportCallIssue] - every field has a default
     if (Path(what) / "run.json").exists():
         recipe = recipes.build(recipes.load_values(str(Path(what) / "recipe.yaml")), origin=what)
         section = {"split": recipe.data.split, "fraction": recipe.data.heldout_fraction, "seed": recipe.seed}
+        settings, context = recipe.evaluate, recipe.data.context
         against = against or recipe.teacher
         data = data or recipe.data.source
         what = str(_finished(Run(what)).student)
     elif "demo" in (what, against):
         data = data or "demo"
-    runtime = TorchRuntime(resolve(what))
-    teacher = TorchRuntime(resolve(against)) if against else None
+    runtime = TorchRuntime(resolve(what), batch_size=settings.batch_size)
+    teacher = TorchRuntime(resolve(against), batch_size=settings.batch_size) if against else None
     heldout: list[Any] = []
     if data:
-        context = min(1024, runtime.context)
-        heldout = text_batches(data, runtime.tokenizer, context=context, tokens=tokens, **section)
+        sizes = {"context": min(context, runtime.context), "tokens": tokens or settings.tokens}
+        heldout = text_batches(data, runtime.tokenizer, **sizes, **section)
     else:
         say("no --data, so no perplexity and no agreement with the teacher; only skills are judged")
-    chosen = _suites(suites, runtime.tokenizer, prompts=prompts, seed=seed)
+    chosen = _suites(suites, runtime.tokenizer, prompts=prompts or settings.prompts, seed=seed)
     if not chosen and not heldout:
         raise UserError(f"{what} has no chat template and no --data was given; nothing to judge; give --data")
     with progress("evaluate", unit="tasks") as advance:
-        result = judge(runtime, against=teacher, heldout=heldout, suites=chosen, seed=seed, progress=advance.of)
+        result = judge(
+            runtime,
+            against=teacher,
+            heldout=heldout,
+            suites=chosen,
+            max_new_tokens=settings.max_new_tokens,
+            seed=seed,
+            progress=advance.of,
+        )
     return {"what": what, "against": against, "result": result}
 
 
@@ -326,6 +356,9 @@ def package(run_folder: Path | str, *, push: str | None = None, say: Say = _quie
 
     run = _finished(Run(run_folder))
     values = recipes.load_values(str(run.recipe))
+    status = (run.done("distill") or {})["status"]
+    if push and status != "ok":
+        raise CheckFailed(f"{run.folder} ended {status}, so its student is not pushed; distill it to health first")
     with run.locked():
         write_card(
             run.student,
@@ -365,8 +398,8 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.@=-]+", "-", text.replace("%", "pct")).strip("-")
 
 
-def _open(run: Run, recipe: Recipe) -> None:
-    """Save the resolved recipe first of all, or check that the folder's own says the same."""
+def _open(run: Run, recipe: Recipe, teacher: Checkpoint) -> None:
+    """Save the resolved recipe first of all, or check that the folder was started with this recipe and teacher."""
     import torch
     import transformers
 
@@ -377,14 +410,19 @@ def _open(run: Run, recipe: Recipe) -> None:
                 f"{run.folder} was started with another recipe, different in {', '.join(changed)}; expected the same "
                 "one to resume; choose another --out or undo the change"
             )
+        if run.read_facts()["fingerprints"]["teacher"] != teacher.fingerprint():
+            raise UserError(
+                f"{run.folder} was started with other weights of {recipe.teacher}; expected the same ones "
+                "to resume; choose another --out or put its files back"
+            )
         return
-    write_text(run.recipe, recipe.to_yaml())
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    run.note(versions=versions, seeds={"seed": recipe.seed})
+    run.note(versions=versions, seeds={"seed": recipe.seed}, fingerprints={"teacher": teacher.fingerprint()})
+    write_text(run.recipe, recipe.to_yaml())  # last: a folder with a recipe has its facts
 
 
 def _suites(names: list[str] | None, tokenizer: Any, *, prompts: int, seed: int) -> dict[str, list[dict[str, Any]]]:

@@ -5,6 +5,7 @@ resolved recipe is saved in the run folder before anything else happens. A stage
 """
 
 import difflib
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -159,7 +160,10 @@ def load_values(source: str) -> dict[str, Any]:
     path = Path(source)
     shipped = resources.files("compressor") / "recipes"
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"could not read {source}: {error}; expected a YAML file in UTF-8") from None
     elif (named := shipped / f"{source}.yaml").is_file():
         text = named.read_text(encoding="utf-8")
     else:
@@ -197,11 +201,9 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, str):  # YAML 1.1 reads 2e-3 as a word
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        number = float(value)  # YAML 1.1 reads 2e-3 as a word
+        return int(number) if number.is_integer() else number
     return value
 
 

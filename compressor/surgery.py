@@ -360,7 +360,6 @@ class _Saw:
             yield pending.popleft().result()
 
     def _chunk(self, name: str, width: int, span: Span, picks: Any, slot: tuple[bytearray, bytearray]) -> torch.Tensor:
-        import numpy
         import torch
 
         (first, stop, wanted), (read, spare) = span, slot

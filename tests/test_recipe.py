@@ -75,7 +75,8 @@ def test_yaml_round_trip_of_a_resolved_recipe():
 @pytest.mark.parametrize("name", ["demo", "llama-3.1-minitron-4b-width", "llama-3.1-minitron-4b-depth"])
 def test_shipped_recipes_are_valid(name):
     values = recipes.load_values(name)
-    recipe = recipes.build({"target": "50%"} | values)
+    recipe = recipes.build(values)
+    assert {"teacher", "target"} <= set(values)
     assert recipe.distill.batch % recipe.distill.micro_batch == 0
 
 
@@ -94,9 +95,14 @@ def test_broken_yaml_is_one_line(tmp_path):
 
 def test_set_reads_numbers_as_people_write_them():
     values: dict = {}
-    for text in ("distill.lr=2e-3", "distill.tokens=1000", "target=50%", "data.source=a=b.txt"):
+    for text in ("distill.lr=2e-3", "distill.tokens=2e9", "target=50%", "data.source=a=b.txt", "teacher=nan"):
         recipes.set_value(values, text)
-    assert values == {"distill": {"lr": 2e-3, "tokens": 1000}, "target": "50%", "data": {"source": "a=b.txt"}}
+    assert values == {
+        "distill": {"lr": 2e-3, "tokens": 2_000_000_000},
+        "target": "50%",
+        "data": {"source": "a=b.txt"},
+        "teacher": "nan",
+    }
 
 
 @pytest.mark.parametrize("text", ["distill.lr", "target.x.y=1"])

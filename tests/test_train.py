@@ -217,6 +217,7 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path):
     assert result.status == "not_finite"
     assert result.steps == 5
     assert result.best_folder == tmp_path / "checkpoint-4"
+    assert (result.best_folder / "model.safetensors").is_file()
     assert all(bool(weight.isfinite().all()) for weight in weights.values())
     assert result.best_heldout < result.first_heldout
 

@@ -239,6 +239,8 @@ def _messages(raw: Record, place: str) -> list[Record]:
             continue
         message = {key: value for key, value in turn.items() if value is not None}
         if message.get("tool_calls"):
+            if not isinstance(message["tool_calls"], list):
+                raise UserError(f'{where}: "tool_calls" is {_kind(message["tool_calls"])}; expected a list of calls')
             message.setdefault("content", "")
             message["tool_calls"] = [_call(call, where) for call in message["tool_calls"]]
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
@@ -253,9 +255,10 @@ def _call(call: Any, where: str) -> Record:
     """A tool call whose arguments are an object: the OpenAI form writes them as a string, templates want an
     object.
     """
-    if not isinstance(call, dict) or not isinstance(call.get("function", call).get("name"), str):
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise UserError(f'{where}: a tool call must hold "function" with "name" and "arguments"')
-    function = dict(call.get("function", call))
+    function = dict(inner)
     if isinstance(function.get("arguments"), str):
         function["arguments"] = _parsed(function["arguments"] or "{}", f"{where}, tool call arguments")
     return {**call, "function": function} if "function" in call else function

@@ -25,7 +25,7 @@ def write(folder: Path | str, *, status: str = "done") -> dict[str, Any]:
     """Write report.json, report.md and report.html into a run folder and return the report.
 
     Reads evaluation.json {teacher, pruned, student}, shape.json {teacher, student, kept?}, run.json {stages}
-    and, where there is one, metrics.jsonl. status: "done", or in a word what is wrong ("regressed").
+    and, where there is one, metrics.jsonl. status: "done", or what went wrong: "worse" or "not_finite".
     Raises UserError when one of the first three is missing or broken.
     """
     from .page import render_html
