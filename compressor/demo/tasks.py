@@ -9,16 +9,39 @@ training or to the test: the two can never share a combination, whatever the see
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from random import Random
 from typing import Any
 
+from ..errors import UserError
 from . import lexicon as lex
 from .functions import FUNCTIONS, Function
 
-TEST_SHARE = 0.05
+SPLITS = {"test": 0.05, "validation": 0.05, "train": 0.9}  # share of the combinations
 DECLINE = "None of the functions can do that."
 
 Task = dict[str, Any]  # {"skill", "messages", "tools"?, "check", "answer", "about": the combination that is hashed}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One exchange: what it is about (this is hashed), what the user says, one right answer, and the answer's check."""
+
+    about: list[Any]
+    prompt: str
+    answer: str
+    check: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What stays the same while a conversation goes on, and `ask`, which draws one exchange after another."""
+
+    ask: Callable[[], Turn]
+    system: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    opening: str = ""  # shown to the model once, before the first question
 
 
 def _join(items: Sequence[str], rng: Random) -> str:
@@ -27,28 +50,6 @@ def _join(items: Sequence[str], rng: Random) -> str:
 
 def _a(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
-def _task(
-    skill: str,
-    about: list,
-    prompt: str,
-    answer: str,
-    check: dict,
-    *,
-    system: str | None = None,
-    tools: list | None = None,
-) -> Task:
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    task: Task = {
-        "skill": skill,
-        "messages": messages,
-        "check": check,
-        "answer": answer,
-        "about": [skill, *about],
-    }
-    return task | ({"tools": tools} if tools else {})
 
 
 # --- instruction: order, case, format, count, length, JSON ----------------------------------------------------------
@@ -78,7 +79,7 @@ ORDERS = {
 }
 
 
-def _word_list(rng: Random) -> Task:
+def _word_list(rng: Random) -> Turn:
     order = rng.choice(list(ORDERS))
     items = rng.sample(lex.NOUNS, rng.choice([2, 3] if order == "alphabetical" else [2, 3, 4]))
     case = rng.choice([None, None, *CASES])
@@ -90,10 +91,10 @@ def _word_list(rng: Random) -> Task:
         result = [CASES[case][1](word) for word in result]
     prompt = f"{rng.choice(ORDERS[order][0])} {_join(items, rng)}, {', '.join(demands)}."
     check = {"list": {"items": result, "layout": layout, **({"case": case} if case else {})}}
-    return _task("instruction", [order, *items], prompt, LAYOUTS[layout][1](result), check)
+    return Turn([order, *items], prompt, LAYOUTS[layout][1](result), check)
 
 
-def _repetition(rng: Random) -> Task:
+def _repetition(rng: Random) -> Turn:
     word, times = rng.choice(lex.NOUNS + lex.ADJECTIVES + lex.ANIMALS), rng.randint(2, 6)
     prompt = rng.choice(["Write the word {} exactly {} times.", "Repeat the word {} {} times.", "Say {} {} times."])
     check: dict[str, Any] = {"repeat": {"word": word, "times": times}}
@@ -101,10 +102,10 @@ def _repetition(rng: Random) -> Task:
     if rng.random() < 0.4:
         prompt = prompt[:-1] + ", " + rng.choice(CASES["upper"][0]) + "."
         check["case"], answer = "upper", answer.upper()
-    return _task("instruction", ["repeat", word, times], prompt.format(word, times), answer, check)
+    return Turn(["repeat", word, times], prompt.format(word, times), answer, check)
 
 
-def _fixed_length(rng: Random) -> Task:
+def _fixed_length(rng: Random) -> Turn:
     noun, count = rng.choice(lex.NOUNS), rng.randint(4, 8)
     first, second, third = rng.sample(lex.ADJECTIVES, 3)
     sentence = {
@@ -120,10 +121,10 @@ def _fixed_length(rng: Random) -> Task:
     if case:
         check["case"], sentence = case, CASES[case][1](sentence)
         prompt += ", " + rng.choice(CASES[case][0])
-    return _task("instruction", ["length", noun, count], prompt.format(noun, count) + ".", sentence, check)
+    return Turn(["length", noun, count], prompt.format(noun, count) + ".", sentence, check)
 
 
-def _json_object(rng: Random) -> Task:
+def _json_object(rng: Random) -> Turn:
     fields = {
         "name": rng.choice(lex.NAMES),
         "town": rng.choice(lex.TOWNS),
@@ -135,10 +136,10 @@ def _json_object(rng: Random) -> Task:
     record = {key: fields[key] for key in rng.sample(list(fields), rng.choice([2, 3, 4]))}
     prompt = rng.choice(["Write a JSON object with {}.", "Answer only with JSON: {}.", "Give as a JSON object {}."])
     pairs = _join([f"{key} {value}" for key, value in record.items()], rng)
-    return _task("instruction", ["json", record], prompt.format(pairs), json.dumps(record), {"json": record})
+    return Turn(["json", record], prompt.format(pairs), json.dumps(record), {"json": record})
 
 
-def _framed(rng: Random) -> Task:
+def _framed(rng: Random) -> Turn:
     noun, edge = rng.sample(lex.NOUNS, 2)
     adjective = rng.choice(lex.ADJECTIVES)
     if rng.random() < 0.5:
@@ -154,124 +155,142 @@ def _framed(rng: Random) -> Task:
             "Start with {1} a sentence about the {0}.",
         ]
         answer, check = f"{edge} the {noun} is {adjective}.", {"starts_with": edge, "contains": [noun]}
-    return _task("instruction", ["framed", noun, edge], rng.choice(phrasing).format(noun, edge), answer, check)
+    return Turn(["framed", noun, edge], rng.choice(phrasing).format(noun, edge), answer, check)
 
 
-def instruction(rng: Random) -> Task:
+def instruction(rng: Random) -> Scene:
     """Order, case, layout, count, length, JSON, first and last word; several demands at once."""
-    kind = rng.choices([_word_list, _repetition, _fixed_length, _json_object, _framed], [6, 2, 2, 2, 2])[0]
-    return kind(rng)
+    kinds = [_word_list, _repetition, _fixed_length, _json_object, _framed]
+    return Scene(lambda: rng.choices(kinds, [6, 2, 2, 2, 2])[0](rng))
 
 
 # --- role-play: keep a persona's facts and manner -------------------------------------------------------------------
 
+TOPICS = {
+    "who": ["Who are you?", "What is your name?"],
+    "home": ["Where do you live?", "Which town is your home?"],
+    "work": ["What is your job?", "What do you do all day?"],
+    "food": ["What do you like to eat?", "Which food do you love?"],
+}
+HABITS = ("opening", "closing", "address", "upper", "third", "excited")
 
-def roleplay(rng: Random) -> Task:
-    """A system message sets a persona and two or three habits of speech; the answer keeps the facts and the habits."""
+
+def roleplay(rng: Random) -> Scene:
+    """A system message sets a persona and two or three habits of speech; the answers keep the facts and the habits."""
     name, job, town, food = (rng.choice(x) for x in (lex.NAMES, lex.JOBS, lex.TOWNS, lex.FOODS))
-    habits = rng.sample(["opening", "closing", "address", "upper", "third", "excited"], rng.choice([2, 3]))
-    topic = rng.choice(["who", "home", "work", "food"])
+    opening, closing, address = (rng.choice(x) for x in (lex.OPENINGS, lex.CLOSINGS, lex.ADDRESSES))
+    habits = rng.sample(HABITS, rng.choice([2, 3]))
+    topics = rng.sample(list(TOPICS), len(TOPICS))
     third = "third" in habits
-    questions = {
-        "who": ["Who are you?", "What is your name?"],
-        "home": ["Where do you live?", "Which town is your home?"],
-        "work": ["What is your job?", "What do you do all day?"],
-        "food": ["What do you like to eat?", "Which food do you love?"],
-    }
     cores = {
         "who": (f"{name} it is" if third else f"I am {name}", name),
         "home": (f"{name} lives in {town}" if third else f"I live in {town}", town),
         "work": (f"{name} is {_a(job)}" if third else f"I am {_a(job)}", job),
         "food": (f"{name} loves {food}" if third else f"I love {food}", food),
     }
-    answer, fact = cores[topic]
-    check: dict[str, Any] = {"contains": [fact]}
-    rules = []
-    address = rng.choice(lex.ADDRESSES)
-    if "address" in habits:
-        rules.append(rng.choice(["Call the user {}.", "Address the user as {}."]).format(address))
-        check["contains"] = [fact, address]
-        answer = f"{answer}, {address}"
-    if "closing" in habits:
-        closing = rng.choice(lex.CLOSINGS)
-        rules.append(rng.choice(['Always end with "{}".', 'Close every answer with "{}".']).format(closing))
-        check["ends_with"] = closing
-        answer = f"{answer}, {closing}"
-    if "opening" in habits:
-        opening = rng.choice(lex.OPENINGS)
-        rules.append(rng.choice(['Always begin with "{}".', 'Open every answer with "{}".']).format(opening))
-        check["starts_with"] = opening
-        answer = f"{opening}, {answer}"
-    if third:
-        rules.append(rng.choice(["Speak of yourself by name.", "Never say I, use your own name."]))
-        check["excludes"] = ["I", "me"]
-        check["contains"] = [*check["contains"], *([] if fact == name else [name])]
-    answer += "!" if "excited" in habits else "."
-    if "excited" in habits:
-        rules.append(rng.choice(["End with an exclamation mark.", "Sound excited: end with an exclamation mark."]))
-        check["ends_mark"] = "!"
-    if "upper" in habits:
-        rules.append(rng.choice(["Speak only in capital letters.", "Write everything in capitals."]))
-        check["case"] = "upper"
-        answer = answer.upper()
-    rng.shuffle(rules)
+    rules = {
+        "opening": ['Always begin with "{}".', 'Open every answer with "{}".'],
+        "closing": ['Always end with "{}".', 'Close every answer with "{}".'],
+        "address": ["Call the user {}.", "Address the user as {}."],
+        "third": ["Speak of yourself by name.", "Never say I, use your own name."],
+        "excited": ["End with an exclamation mark.", "Sound excited: end with an exclamation mark."],
+        "upper": ["Speak only in capital letters.", "Write everything in capitals."],
+    }
+    fillings = {"opening": opening, "closing": closing, "address": address}
+    manner = [rng.choice(rules[habit]).format(fillings.get(habit)) for habit in habits]
     persona = rng.choice(
         [
             f"You are {name}, {_a(job)} from {town}. You love {food}.",
             f"Play the part of {name}, who lives in {town}, works as {_a(job)} and loves {food}.",
         ]
     )
-    about = [name, job, topic, sorted(habits)]
-    return _task("roleplay", about, rng.choice(questions[topic]), answer, check, system=" ".join([persona, *rules]))
+
+    def ask() -> Turn:
+        topics.append(topics.pop(0))  # in turn, so that a conversation asks about everything
+        topic = topics[-1]
+        answer, fact = cores[topic]
+        check: dict[str, Any] = {"contains": [fact]}
+        if "address" in habits:
+            check["contains"] += [address]
+            answer = f"{answer}, {address}"
+        if "closing" in habits:
+            check["ends_with"] = closing
+            answer = f"{answer}, {closing}"
+        if "opening" in habits:
+            check["starts_with"] = opening
+            answer = f"{opening}, {answer}"
+        if third:
+            check["excludes"] = ["I", "me"]
+            check["contains"] += [] if fact == name else [name]
+        answer += "!" if "excited" in habits else "."
+        if "excited" in habits:
+            check["ends_mark"] = "!"
+        if "upper" in habits:
+            check["case"] = "upper"
+            answer = answer.upper()
+        return Turn([name, job, topic, sorted(habits)], rng.choice(TOPICS[topic]), answer, check)
+
+    return Scene(ask, system=" ".join([persona, *manner]))
 
 
 # --- RAG: answer from passages with a citation, or say that they do not tell ----------------------------------------
 
-# relation -> (values, how an answer begins, another way to tell it, what stays untold, question phrasings)
-RELATIONS: dict[str, tuple[Sequence[str], str, str, str, Sequence[str]]] = {
-    "home": (
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact about a person, {e}: its values and how it is told, asked and found untold."""
+
+    values: Sequence[str]
+    plain: str  # an answer begins like this
+    other: str  # another way to tell it
+    untold: str
+    questions: Sequence[str]
+
+
+RELATIONS = {
+    "home": Relation(
         lex.TOWNS,
         "{e} lives in",
         "The home of {e} is in",
         "a town",
         ["Where does {e} live?", "In which town does {e} live?"],
     ),
-    "job": (
+    "job": Relation(
         lex.JOBS,
         "{e} works as a",
         "By trade {e} is a",
         "craftsman of a trade",
         ["What does {e} work as?", "What is the job of {e}?"],
     ),
-    "pet": (
+    "pet": Relation(
         lex.ANIMALS,
         "{e} keeps a",
         "The pet of {e} is a",
         "pet",
         ["Which animal does {e} keep?", "What pet does {e} have?"],
     ),
-    "music": (
+    "music": Relation(
         lex.INSTRUMENTS,
         "{e} plays the",
         "The instrument of {e} is the",
         "instrument",
         ["Which instrument does {e} play?", "What does {e} play?"],
     ),
-    "food": (
+    "food": Relation(
         lex.FOODS,
         "{e} likes to eat",
         "The favourite food of {e} is",
         "something",
         ["What does {e} like to eat?", "Which food does {e} like?"],
     ),
-    "door": (
+    "door": Relation(
         lex.COLOURS,
         "The colour of {e}'s door is",
         "{e} painted the door",
         "one",
         ["What colour is the door of {e}?", "Which colour has the door of {e}?"],
     ),
-    "day": (
+    "day": Relation(
         lex.DAYS,
         "{e} goes to market on",
         "The market day of {e} is",
@@ -280,70 +299,78 @@ RELATIONS: dict[str, tuple[Sequence[str], str, str, str, Sequence[str]]] = {
     ),
 }
 FILLERS = ("Many people know it.", "It has long been so.", "The neighbours say so.", "Nobody is surprised.")
+TOLD = 0.75
+MOST_PASSAGES = 3
 
 
-def rag(rng: Random, *, most_passages: int = 4) -> Task:
-    """Two to four passages, each with its number behind it, and one question.
+def rag(rng: Random, *, most_passages: int = MOST_PASSAGES) -> Scene:
+    """Two or three passages, each with its number behind it, about few people and few kinds of fact.
 
-    The right passage shares its person or its relation with the wrong ones. An answer starts with what was asked, so
-    that whether anything is told is decided where the passages are looked up.
+    A question mixes a person and a relation of the passages, so that wrong passages share one of the two with it. An
+    answer starts with what was asked: whether anything is told is decided where the passages are looked up.
     """
-    count = rng.randint(min(2, most_passages), most_passages)
-    entity, relation = rng.choice(lex.NAMES), rng.choice(list(RELATIONS))
-    facts = [(entity, relation)]
-    others = [name for name in lex.NAMES if name != entity]
-    while len(facts) < count + 1:
-        near = rng.random()
-        fact = (
-            entity if near < 0.3 else rng.choice(others),
-            relation if 0.3 <= near < 0.7 else rng.choice(list(RELATIONS)),
-        )
-        if fact not in facts:
-            facts.append(fact)
-    told = rng.random() < 0.75
-    shown = facts[:count] if told else facts[1:]
-    rng.shuffle(shown)
-    values, plain, _, untold, questions = RELATIONS[relation]
-    passages, answer = [], f"{plain.format(e=entity)} {untold} that the passages do not tell."
-    check: dict[str, Any] = {"refuses": True, "cites": []}
+    people = rng.sample(lex.NAMES, 3)
+    kinds = rng.sample(list(RELATIONS), 3)
+    pairs = [(who, what) for who in people for what in kinds]
+    shown = rng.sample(pairs, rng.randint(min(2, most_passages), most_passages))
+    passages, facts = [], {}
     for number, (who, what) in enumerate(shown, 1):
-        values, plain, other, *_ = RELATIONS[what]
-        value = rng.choice(values)
-        sentence = f"{rng.choice([plain, plain, other]).format(e=who)} {value}. [{number}]"
-        passages.append(f"{rng.choice(FILLERS)} {sentence}" if rng.random() < 0.25 else sentence)
-        if (who, what) == (entity, relation):
-            answer = f"{plain.format(e=who)} {value}. [{number}]"
-            check = {"refuses": False, "contains": [value], "cites": [number]}
-    question = rng.choice(questions).format(e=entity)
-    ask = rng.choice(["Answer from the passages and cite them.", "Use only the passages and cite the one you use."])
-    prompt = "\n".join([*passages, f"{question} {ask}"])
-    return _task("rag", [entity, relation, check.get("contains")], prompt, answer, check)
+        relation = RELATIONS[what]
+        taken = [value for value, _ in facts.values()]
+        value = rng.choice([value for value in relation.values if value not in taken])
+        told = rng.choice([relation.plain, relation.plain, relation.other]).format(e=who)
+        passages.append(f"{rng.choice(FILLERS) + ' ' if rng.random() < 0.25 else ''}{told} {value} [{number}].")
+        facts[who, what] = value, number
+
+    def ask() -> Turn:
+        told = rng.random() < TOLD
+        who, what = rng.choice(shown if told else [pair for pair in pairs if pair not in facts])
+        relation = RELATIONS[what]
+        begin = relation.plain.format(e=who)
+        if told:
+            value, number = facts[who, what]
+            about = [who, what, value]
+            answer, check = f"{begin} {value} [{number}].", {"refuses": False, "contains": [value], "cites": [number]}
+        else:
+            answer = f"{begin} {relation.untold} that the passages do not tell."
+            about = [who, what, sorted(shown)]
+            check = {"refuses": True, "cites": []}
+        question = rng.choice(relation.questions).format(e=who)
+        return Turn(about, question, answer, check)
+
+    rule = rng.choice(["Answer from the passages and cite them.", "Use only the passages and cite the one you use."])
+    return Scene(ask, system=rule, opening="\n".join(passages) + "\n")
 
 
 # --- tools: call one of the given functions, or decline -------------------------------------------------------------
 
+SERVED = 0.8
 
-def tools(rng: Random) -> Task:
-    """One to three function schemas and a request that one of them serves, or none."""
-    wanted: Function = rng.choice(FUNCTIONS)
-    others = rng.sample([f for f in FUNCTIONS if f is not wanted], 3)
-    count, served = rng.randint(1, 3), rng.random() < 0.8
-    offered = ([wanted, *others] if served else others)[:count]
-    rng.shuffle(offered)
-    schemas, call = [], None
-    values = {slot: pick(rng) for slot, pick in wanted.slots.items()}
-    for function in offered:
-        names = {slot: rng.choice(synonyms) for slot, synonyms in function.parameters.items()}
+
+def tools(rng: Random) -> Scene:
+    """One to three function schemas, and requests that one of them serves, or none."""
+    offered = {}  # function -> its name and the names of its parameters in this scene
+    schemas = []
+    for function in rng.sample(FUNCTIONS, rng.randint(1, 3)):
         name = rng.choice(function.names)
+        names = {slot: rng.choice(synonyms) for slot, synonyms in function.parameters.items()}
+        offered[function.names[0]] = name, names
         schemas.append(function.schema(name, names, rng))
-        if function is wanted:
-            call = {"name": name, "arguments": {names[slot]: value for slot, value in values.items()}}
-    request = rng.choice(wanted.requests).format(**values)
-    about = [wanted.names[0], values]
-    if call is None:
-        return _task("tools", about, request, DECLINE, {"calls": [], "refuses": True}, tools=schemas)
-    answer = f"<tool_call>{json.dumps(call)}</tool_call>"
-    return _task("tools", about, request, answer, {"calls": [call]}, tools=schemas)
+    able = [function for function in FUNCTIONS if function.names[0] in offered]
+    unable = [function for function in FUNCTIONS if function.names[0] not in offered]
+
+    def ask() -> Turn:
+        function: Function = rng.choice(able if rng.random() < SERVED else unable)
+        values = {slot: pick(rng) for slot, pick in function.slots.items()}
+        request = rng.choice(function.requests).format(**values)
+        about = [function.names[0], values]
+        if function in unable:
+            return Turn(about, request, DECLINE, {"calls": [], "refuses": True})
+        name, names = offered[function.names[0]]
+        call = {"name": name, "arguments": {names[slot]: value for slot, value in values.items()}}
+        return Turn(about, request, f"<tool_call>{json.dumps(call)}</tool_call>", {"calls": [call]})
+
+    return Scene(ask, tools=schemas)
 
 
 # --- plain prose ----------------------------------------------------------------------------------------------------
@@ -388,41 +415,57 @@ def prose(rng: Random) -> dict[str, str]:
 
 # --- streams and suites ---------------------------------------------------------------------------------------------
 
-GENERATORS: dict[str, Callable[..., Task]] = {
+SCENES: dict[str, Callable[..., Scene]] = {
     "instruction": instruction,
     "roleplay": roleplay,
     "rag": rag,
     "tools": tools,
 }
-MIX = {"instruction": 28, "roleplay": 18, "rag": 28, "tools": 18, "prose": 8}
+MIX = {"instruction": 28, "roleplay": 14, "rag": 28, "tools": 22, "prose": 8}
+MOST_TURNS = 4
 
 
-def split_of(record: dict[str, Any]) -> str:
-    """ "train" or "test", by the hash of the combination a task is about (phrasing left out), or of a story's text."""
-    about = record.get("about") or record["text"]
+def split_of(about: Any) -> str:
+    """A name among SPLITS, by the hash of the combination a turn is about (phrasing left out), or of a story's text."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).digest()
-    return "test" if int.from_bytes(digest[:4], "big") < TEST_SHARE * 2**32 else "train"
+    place = int.from_bytes(digest[:4], "big") / 2**32
+    for name, share in SPLITS.items():
+        if place < share:
+            return name
+        place -= share
+    return name
 
 
 def generate(
-    *, split: str, seed: int, mix: dict[str, int] | None = None, most_passages: int = 4
-) -> Iterator[dict[str, Any]]:
-    """Endless tasks (with their answers) and prose of one split, in the proportions of `mix`."""
+    *, split: str, seed: int, mix: dict[str, int] | None = None, most_turns: int = 1, most_passages: int = MOST_PASSAGES
+) -> Iterator[Task]:
+    """Endless tasks (with their answers) and prose of one split, in the proportions of `mix`.
+
+    With most_turns > 1 a task ends a conversation of one to that many exchanges; those of other splits are left out.
+    """
     mix = mix or MIX
     rng = Random(f"{split}-{seed}")
     while True:
-        kind = rng.choices(list(mix), list(mix.values()))[0]
-        if kind == "prose":
+        skill = rng.choices(list(mix), list(mix.values()))[0]
+        if skill == "prose":
             record = prose(rng)
-        elif kind == "rag":
-            record = rag(rng, most_passages=most_passages)
-        else:
-            record = GENERATORS[kind](rng)
-        if split_of(record) == split:
-            yield record
+            if split_of(record["text"]) == split:
+                yield record
+            continue
+        scene = rag(rng, most_passages=most_passages) if skill == "rag" else SCENES[skill](rng)
+        turns = [scene.ask() for _ in range(rng.randint(1, most_turns))]
+        turns = [turn for turn in turns if split_of([skill, *turn.about]) == split]
+        if not turns:
+            continue
+        messages = [{"role": "system", "content": scene.system}] if scene.system else []
+        for number, turn in enumerate(turns):
+            messages.append({"role": "user", "content": ("" if number else scene.opening) + turn.prompt})
+            messages.append({"role": "assistant", "content": turn.answer})
+        task = {"skill": skill, "messages": messages[:-1], "check": turns[-1].check, "answer": turns[-1].answer}
+        yield task | {"about": [skill, *turns[-1].about]} | ({"tools": scene.tools} if scene.tools else {})
 
 
-def as_record(task: dict[str, Any]) -> dict[str, Any]:
+def as_record(task: Task) -> dict[str, Any]:
     """What a trainer sees of a task: the conversation with its right answer, and the tools; prose as it is."""
     if "text" in task:
         return task
@@ -430,17 +473,21 @@ def as_record(task: dict[str, Any]) -> dict[str, Any]:
     return {"messages": messages} | ({"tools": task["tools"]} if "tools" in task else {})
 
 
-def records(*, split: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Endless training records of one split ("train" or "test"): {"messages", "tools"?} and {"text"}."""
-    yield from map(as_record, generate(split=split, seed=seed))
+def records(*, split: str, seed: int, most_passages: int = MOST_PASSAGES) -> Iterator[dict[str, Any]]:
+    """Endless training records of one split: {"messages", "tools"?} of up to MOST_TURNS exchanges, and {"text"}."""
+    stream = generate(split=split, seed=seed, most_turns=MOST_TURNS, most_passages=most_passages)
+    yield from map(as_record, stream)
 
 
-def suite(skill: str, count: int, *, split: str = "test", seed: int = 0) -> list[Task]:
-    """`count` tasks of one skill, without answers, none twice."""
+def suite(skill: str, count: int, *, split: str = "test", seed: int = 0, draws: int = 100) -> list[Task]:
+    """`count` tasks of one exchange of one skill, without answers, none twice.
+
+    Raises UserError where `draws` for each task wanted do not bring so many: the skill has fewer.
+    """
     seen: dict[str, Task] = {}
-    for task in generate(split=split, seed=seed, mix={skill: 1}):
+    for task in islice(generate(split=split, seed=seed, mix={skill: 1}), draws * count):
         answerless = {key: value for key, value in task.items() if key not in ("answer", "about")}
-        seen.setdefault(json.dumps(answerless["messages"]), answerless)
+        seen.setdefault(json.dumps([task["messages"], task.get("tools")]), answerless)
         if len(seen) == count:
-            break
-    return list(seen.values())
+            return list(seen.values())
+    raise UserError(f"the {skill} suite has {len(seen)} tasks; expected {count}; ask for fewer prompts")
