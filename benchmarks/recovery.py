@@ -1,16 +1,19 @@
-"""Does each part of the recipe earn its place? One teacher, one target, equal tokens, four ways to the same shape.
+"""Does each part of the recipe earn its place? One teacher, one target, equal tokens, five ways to the same shape.
 
     python benchmarks/recovery.py --teacher DIR --data FILE --target 60% --target layers=3 --tokens 1000000
 
 Arms, after figure 6 of arXiv 2408.11796: importance-pruned with logit distillation (what `compressor distill` does),
-randomly pruned with the same distillation, the same shape from random weights with the same distillation, and
-importance-pruned with cross-entropy alone. The table gives held-out cross-entropy in nats per token, per seed.
+cut at random (channels, neurons or a block of layers, as the target asks) with the same distillation, the same shape
+from random weights with the same distillation and with cross-entropy alone, and importance-pruned with cross-entropy
+alone. The table gives held-out cross-entropy in nats per token, per seed.
 """
 
 import argparse
 import json
 import logging
+import random
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +24,26 @@ from compressor import importance, surgery, teacher
 from compressor import recipe as recipes
 from compressor.architecture import choose, parse_target
 from compressor.checkpoint import Checkpoint, load_model, load_tokenizer
-from compressor.data import Blocks, calibration_batches, heldout_batches, records
+from compressor.data import Blocks, calibration_batches, heldout_batches, records, shuffled, targets
 from compressor.distill import distillation_loss
 from compressor.scores import Scores
-from compressor.train import targets, train
+from compressor.shape import Shape
+from compressor.train import train
 
-ARMS = ("importance + KL", "random channels + KL", "random weights + KL", "importance + cross-entropy")
+ARMS = (
+    "importance + KL",
+    "random cut + KL",
+    "random weights + KL",
+    "random weights + cross-entropy",
+    "importance + cross-entropy",
+)
 
 
 def scores_of(model: Any, source: Checkpoint, tokenizer: Any, recipe: recipes.Recipe, removed: int) -> Scores:
     """The pipeline's own scores: one pass for the widths, perplexity on removal for the depth."""
 
     def rows(samples: int) -> Any:
-        stream = records(str(recipe.data.source), fraction=recipe.data.heldout_fraction)
+        stream = shuffled(records(str(recipe.data.source), fraction=recipe.data.heldout_fraction), seed=recipe.seed)
         return calibration_batches(stream, tokenizer, samples=samples, context=recipe.data.context, batch_size=16)
 
     scores = importance.measure(model, rows(recipe.importance.samples))
@@ -41,6 +51,15 @@ def scores_of(model: Any, source: Checkpoint, tokenizer: Any, recipe: recipes.Re
         blocks = importance.candidate_blocks(source.shape.num_layers, removed)
         scores.removal = importance.removal_loss(model, rows(recipe.importance.depth_samples), blocks)
     return scores
+
+
+def random_cut(teacher: Shape, student: Shape, seed: int) -> surgery.Kept:
+    """What is kept when nothing is known: channels and neurons by random scores, and any layers at all."""
+    kept = surgery.select(Scores.random(teacher, seed), teacher, student)
+    layers = sorted(random.Random(seed).sample(range(teacher.num_layers), student.num_layers))
+    if student.ffn != teacher.ffn:
+        return kept  # a width target: every layer stays
+    return replace(kept, layers=tuple(layers))
 
 
 def compare(source: Checkpoint, *, target: str, data: str, tokens: int, seeds: list[int], work: Path) -> dict[str, Any]:
@@ -60,8 +79,11 @@ def compare(source: Checkpoint, *, target: str, data: str, tokens: int, seeds: l
     for arm in ARMS:
         for seed in seeds:
             folder = work / f"{target}-{arm}-{seed}"
-            chosen = Scores.random(source.shape, seed) if arm.startswith("random channels") else scores
-            surgery.prune(source, folder / "start", kept=surgery.select(chosen, source.shape, shape), shape=shape)
+            kept = surgery.select(scores, source.shape, shape)
+            if arm.startswith("random cut"):
+                kept = random_cut(source.shape, shape, seed)
+            print(f"{target} {arm} seed {seed}: layers {kept.layers}", flush=True)
+            surgery.prune(source, folder / "start", kept=kept, shape=shape)
             student = load_model(folder / "start", dtype=torch.float32)
             if arm.startswith("random weights"):
                 torch.manual_seed(seed)

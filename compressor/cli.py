@@ -17,7 +17,6 @@ from .errors import CheckFailed, UserError
 app = typer.Typer(
     name="compressor",
     help="Turn a large open-weight language model into a small one that fits a device, and prove it.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -57,14 +56,14 @@ def _recipe_values(
     teacher: str | None, target: str | None, data: str | None, recipe: str | None, settings: list[str] | None
 ) -> dict[str, Any]:
     """Nested values from the command line laid over the recipe file."""
-    from .recipe import load_values, set_value
+    from .recipe import load_values, merged, set_value
 
     values: dict[str, Any] = load_values(recipe) if recipe else {}
     for setting in settings or []:
         set_value(values, setting)
     values |= {key: value for key, value in (("teacher", teacher), ("target", target)) if value is not None}
     if data is not None:
-        values["data"] = values.get("data", {}) | {"source": data}
+        values = merged(values, {"data": {"source": data}})
     if "target" not in values:
         raise UserError("no target; expected --target X, for example --target 50% or --target 4b")
     return values
@@ -108,7 +107,14 @@ def distill(
         return plan(teacher, target, data, recipe, settings, as_json)
     from . import pipeline
 
-    report = pipeline.distill(_recipe_values(teacher, target, data, recipe, settings), out=out, say=_say)
+    try:
+        report = pipeline.distill(_recipe_values(teacher, target, data, recipe, settings), out=out, say=_say)
+    except CheckFailed as failed:
+        if as_json:
+            _print_json(failed.result)
+        raise
+    if not report:  # this process only helped to train
+        return
     if as_json:
         _print_json(report)
     else:
@@ -173,7 +179,7 @@ def main() -> None:
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command line and return its exit code; with `debug`, errors keep their traceback."""
     try:
-        app(arguments, standalone_mode=False)
+        app(arguments or ["--help"], standalone_mode=False)
     except (UserError, CheckFailed) as error:
         if debug:
             raise
@@ -192,6 +198,14 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         _say(f"error: {error.strerror}: {error.filename or 'the run folder'}; free space or choose another --out")
+        return 2
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":  # torch's: naming the class would import torch
+            raise
+        _say(
+            "error: the device ran out of memory; expected room for weights and a micro-batch; lower "
+            "distill.micro_batch or data.context, or set distill.gradient_checkpointing=true"
+        )
         return 2
     return 0
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_model
+from .data import Batch, hidden_states, targets
 from .errors import UserError
 from .losses import fused_linear_divergence
-from .train import Batch, LossFunction, LossSum, hidden_states, targets, train
+from .train import LossFunction, LossSum, train
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,6 @@ class DistillResult:
     seconds: float
     best_folder: Path  # the best checkpoint, or the folder that came in when none is better
     history: list[dict[str, float]]
-
-    @property
-    def failed(self) -> bool:
-        """Whether the guard spoke."""
-        return self.status != "ok"
 
     def describe(self) -> str:
         """One line for a summary or an error."""
@@ -61,7 +57,6 @@ def distill(
     seed: int = 0,
     vocab: int | None = None,
     metrics: Path | None = None,
-    trust_remote_code: bool = False,
 ) -> DistillResult:
     """Distill the student in `student_folder` from `teacher` (see teacher.load); checkpoints go to `folder`.
 
@@ -71,7 +66,7 @@ def distill(
     input that cannot be distilled; a student that comes out worse is no error here but the status of the
     result.
     """
-    student = load_model(student_folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    student = load_model(student_folder, dtype=torch.float32)
     for model in (teacher, student):
         check_head(model)
     result = train(

@@ -1,6 +1,6 @@
 """Which tensor of a checkpoint has which axes: one table row per Hugging Face model_type.
 
-Surgery, counting and checking all read this table, so a new family is a new row and nothing else. A pattern
+Importance, surgery, counting and checking all read this table, so a new family is a new row and nothing else. A pattern
 is a tensor name with `{i}` where the layer number stands; its axes are named in the order of the dimensions
 that are stored (a torch Linear holds out x in). "heads" and "kv_heads" are rows, that is heads times
 head_dim. A flag names the attribute of `Shape` that must be true for the tensor to exist.
@@ -36,6 +36,17 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Points:
+    """Where importance looks in a stock model: module names in the base model, and in one of its layers."""
+
+    layers: str = "layers"
+    final_norm: str = "norm"
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    ffn: str = "mlp.down_proj"
+    heads: str = "self_attn.o_proj"
+
+
+@dataclass(frozen=True)
 class Family:
     """What stock transformers builds for one model_type.
 
@@ -55,6 +66,7 @@ class Family:
         "model.rotary_emb.inv_freq",
     )
     hidden_divides_by_heads: bool = False
+    points: Points = Points()
 
 
 # One decoder serves the four families: they differ in biases, norms on queries and keys, and config defaults.

@@ -14,38 +14,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .data import IGNORED, position_ids
 from .errors import UserError
+from .families import family
 from .scores import Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class Points:
-    """Where to look in a stock model: module names within the base model, and within one of its layers."""
-
-    layers: str
-    final_norm: str
-    norms: tuple[str, ...]
-    ffn: str
-    heads: str
-
-
-_LLAMA = Points(
-    layers="layers",
-    final_norm="norm",
-    norms=("input_layernorm", "post_attention_layernorm"),
-    ffn="mlp.down_proj",
-    heads="self_attn.o_proj",
-)
-IGNORED, CHUNK = -100, 256  # the label that is no target; tokens whose logits exist at once
-POINTS: dict[str, Points] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+CHUNK = 256  # tokens whose logits exist at once
 
 
 def _sequence_mean(s_TC: torch.Tensor) -> torch.Tensor:
@@ -177,7 +159,7 @@ class _Watch:
     """The hooks of one measurement and what they have summed so far."""
 
     def __init__(self, model: PreTrainedModel, *, sequence: str, block_sizes: Sequence[int]) -> None:
-        points, self.base = _points(model), model.base_model
+        points, self.base = family(model.config.model_type).points, model.base_model
         self.layers = list(self.base.get_submodule(points.layers).children())
         self.points, self.reduce, self.mask_BT = points, SEQUENCE[sequence], torch.empty(0)
         config: Any = model.config
@@ -283,7 +265,7 @@ def removal_loss(
     whole model. `progress` advances by one per batch and block. Raises UserError for no tokens to predict
     or a block outside the model.
     """
-    layers = list(model.base_model.get_submodule(_points(model).layers).children())
+    layers = list(model.base_model.get_submodule(family(model.config.model_type).points.layers).children())
     totals = {(int(first), int(stop)): 0.0 for first, stop in blocks}
     for first, stop in totals:
         if not 0 <= first <= stop <= len(layers):
@@ -342,15 +324,11 @@ def _loss_sum(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], target
 def _prepared(
     model: PreTrainedModel, batch: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """What the model takes of a batch, on its device, and the boolean mask of real tokens (B, T)."""
+    """What the model takes of a batch, on its device, and the boolean mask of real tokens (B, T).
+
+    Position ids alone, as in distillation: packed documents do not see each other, padding is seen by nobody.
+    """
     device = next(model.parameters()).device
-    keys = ("input_ids", "attention_mask", "position_ids")
-    inputs = {key: batch[key].to(device) for key in keys if key in batch}
-    return inputs, inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-
-
-def _points(model: PreTrainedModel) -> Points:
-    model_type = model.config.model_type
-    if model_type not in POINTS:
-        raise UserError(f"no hooks for model_type {model_type}; expected one of {', '.join(POINTS)}; use one")
-    return POINTS[model_type]
+    batch = {key: value.to(device) for key, value in batch.items()}
+    inputs = {"input_ids": batch["input_ids"], "position_ids": position_ids(batch)}
+    return inputs, batch.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()

@@ -8,6 +8,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from .errors import CheckFailed, UserError
 from .report import MODELS, headline, markdown_table, model_rows, shape_rows
 from .run import write_text
@@ -53,6 +55,18 @@ def write_card(
     path = Path(folder) / "README.md"
     write_text(path, "\n\n".join(parts) + "\n")
     return path
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that the model card in a teacher's folder names, if there is one."""
+    from huggingface_hub import metadata_load
+
+    card = folder / "README.md"
+    try:
+        found = (metadata_load(card) or {}).get("license") if card.is_file() else None
+    except (OSError, ValueError, YAMLError):
+        return None  # a card that cannot be read says nothing
+    return found if isinstance(found, str) else None
 
 
 def _is_hub_id(teacher: str) -> bool:

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from . import recipe as recipes
 from .architecture import choose, parse_target
 from .errors import CheckFailed, UserError
 from .progress import progress
-from .run import Run, read_json, staged, write_json, write_text
+from .run import RANK, Run, read_json, staged, write_json, write_text
 from .shape import Shape
 
 if TYPE_CHECKING:
@@ -50,7 +51,12 @@ class Job:
     def tokenizer(self) -> Any:
         from .checkpoint import load_tokenizer
 
-        return load_tokenizer(self.teacher.folder, trust_remote_code=self.recipe.trust_remote_code)
+        return load_tokenizer(self.teacher.folder)
+
+    @property
+    def vocab(self) -> int:
+        """How many token ids there are: the heads' further rows are padding and take no part in the loss."""
+        return min(1 + max(self.tokenizer.get_vocab().values()), self.shape.vocab)
 
     @property
     def source(self) -> str:
@@ -63,6 +69,23 @@ class Job:
         section = self.recipe.data
         return {"split": section.split, "fraction": section.heldout_fraction, "seed": self.recipe.seed}
 
+    @cached_property
+    def batches(self) -> Any:
+        """The rows to train on."""
+        from .data import Blocks
+
+        sizes = {"context": self.recipe.data.context, "group": self.recipe.distill.micro_batch}
+        return Blocks(self.source, self.tokenizer, **sizes, **self.data)
+
+    @cached_property
+    def heldout(self) -> Any:
+        """The batches of the held-out loss."""
+        from .data import heldout_batches
+
+        settings = self.recipe.distill
+        sizes = {"limit": settings.heldout_rows, "batch_size": settings.micro_batch}
+        return heldout_batches(self.source, self.tokenizer, context=self.recipe.data.context, **sizes, **self.data)
+
 
 # --- the stages, in order -------------------------------------------------------------------------------------------
 
@@ -70,21 +93,21 @@ class Job:
 def importance(job: Job) -> str:
     """Score every layer, channel, neuron and head of the teacher by forward passes over calibration rows."""
     from . import importance, teacher
-    from .data import calibration_batches, records
+    from .data import calibration_batches, records, shuffled
 
     settings = job.recipe.importance
     removed = job.teacher.shape.num_layers - job.shape.num_layers
     blocks = importance.candidate_blocks(job.teacher.shape.num_layers, removed) if removed else []
 
     def rows(samples: int) -> Any:
-        stream = records(job.source, part="train", **job.data)
+        stream = shuffled(records(job.source, part="train", **job.data), seed=job.recipe.seed)
         sizes = {"context": job.recipe.data.context, "batch_size": settings.batch_size}
         return calibration_batches(stream, job.tokenizer, samples=samples, **sizes)
 
     scores = _reused_scores(job) if settings.scores else None
     model: Any = None
     if scores is None or (removed and settings.depth == "perplexity" and not set(blocks) <= set(scores.removal)):
-        model = teacher.load(job.teacher.folder, trust_remote_code=job.recipe.trust_remote_code)
+        model = teacher.load(job.teacher.folder)
     if scores is None:
         with progress("importance", total=settings.samples, unit="rows") as advance:
             scores = importance.measure(
@@ -145,31 +168,24 @@ def distill_student(job: Job) -> str:
     """Train the pruned model to predict what the teacher predicts; the best checkpoint becomes the student."""
     from . import teacher
     from .checkpoint import load_tokenizer
-    from .data import Blocks, check_same_tokens, heldout_batches
+    from .data import check_same_tokens
     from .distill import distill
 
-    settings, context = job.recipe.distill, job.recipe.data.context
     tokenizer = job.tokenizer
     check_same_tokens(tokenizer, load_tokenizer(job.run.pruned))
     result = distill(
         job.run.pruned,
-        teacher=teacher.load(job.teacher.folder, trust_remote_code=job.recipe.trust_remote_code),
-        batches=Blocks(job.source, tokenizer, context=context, group=settings.micro_batch, **job.data),
-        heldout=heldout_batches(
-            job.source,
-            tokenizer,
-            context=context,
-            limit=settings.heldout_rows,
-            batch_size=settings.micro_batch,
-            **job.data,
-        ),
-        settings=settings,
+        teacher=teacher.load(job.teacher.folder),
+        batches=job.batches,
+        heldout=job.heldout,
+        settings=job.recipe.distill,
         folder=job.run.checkpoints,
         seed=job.recipe.seed,
-        vocab=len(tokenizer),
+        vocab=job.vocab,
         metrics=job.run.metrics,
     )
-    _write_student(job, result.best_folder)
+    if RANK == 0:
+        _write_student(job, result.best_folder)
     # the training time of all sessions, where a kill came between
     seconds = {"seconds": round(result.seconds, 2)}
     job.facts = {"status": result.status, "summary": result.describe(), "tokens": result.tokens} | seconds
@@ -178,10 +194,13 @@ def distill_student(job: Job) -> str:
 
 def _write_student(job: Job, best: Path) -> None:
     """Save the best weights in the teacher's precision, with the tokenizer and generation config beside them."""
-    from .checkpoint import copy_tokenizer, load_model
+    import torch
+
+    from .checkpoint import DTYPES, copy_tokenizer, load_model, require_space
     from .surgery import verify
 
-    dtype = job.teacher.config.get("dtype") or job.teacher.config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, DTYPES[job.teacher.metadata("model.embed_tokens.weight").dtype][0])
+    require_space(job.run.folder, job.shape.parameters * dtype.itemsize)
     with staged(job.run.student) as folder:
         load_model(best, dtype=dtype).save_pretrained(folder)
         copy_tokenizer(job.run.pruned, folder)
@@ -198,8 +217,7 @@ def evaluate_all(job: Job) -> str:
     tokenizer = job.tokenizer
     heldout = text_batches(job.source, tokenizer, context=job.recipe.data.context, tokens=settings.tokens, **job.data)
     suites = _suites(None, tokenizer, prompts=settings.prompts, seed=job.recipe.seed)
-    trust = job.recipe.trust_remote_code
-    teacher = TorchRuntime(job.teacher.folder, batch_size=settings.batch_size, trust_remote_code=trust)
+    teacher = TorchRuntime(job.teacher.folder, batch_size=settings.batch_size)
     results = {}
     for name in ("teacher", "pruned", "student"):
         runtime = teacher
@@ -223,12 +241,10 @@ def evaluate_all(job: Job) -> str:
 def report(job: Job) -> str:
     """Write the report, the student's model card and its checksums."""
     from . import report
-    from .package import write_card, write_checksums
 
     status = (job.run.done("distill") or {})["status"]
     written = report.write(job.run.folder, status="done" if status == "ok" else status)
-    write_card(job.run.student, report=written, teacher=job.recipe.teacher, recipe=job.recipe.to_yaml())
-    write_checksums(job.run.student)
+    _ship(job.run, written, job.recipe, job.teacher.folder)
     return str(job.run.folder / "report.html")
 
 
@@ -256,26 +272,39 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
 
     `recipe` is a Recipe or its nested values; `say` is handed a line per stage. Raises UserError for input that has to
     change, CheckFailed when the student came out worse than it went in (report and best checkpoint are still written).
+    Under `accelerate launch` or `torchrun` every process calls this: all of them train, the first does the rest and
+    has the report, the others return {}.
     """
+    from accelerate import PartialState
+
     from .checkpoint import Checkpoint, resolve
     from .data import DEFAULT_DATA
-    from .plan import teacher_config
+    from .plan import hub_name, teacher_config
+    from .train import check
 
     _hush()
+    if RANK:
+        say = _quiet
     recipe = _checked(recipe)
     # a target that cannot be met is told from the config alone, before gigabytes are fetched
     choose(parse_target(recipe.target), Shape.from_config(teacher_config(recipe.teacher)))
-    teacher = Checkpoint(resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code))
+    teacher = Checkpoint(resolve(hub_name(recipe.teacher)))
+    teacher.check()
     shape = choose(parse_target(recipe.target), teacher.shape)
     positions = teacher.config.get("max_position_embeddings") or recipe.data.context
-    recipe = recipes.resolve(recipe, teacher=teacher.shape, student=shape, max_positions=positions)
+    sizes = {"teacher": teacher.shape, "student": shape, "max_positions": positions}
+    recipe = recipes.resolve(recipe, **sizes, processes=PartialState().num_processes)
     if recipe.data.source is None:
         say(f"data: {DEFAULT_DATA} (the default; choose another with --data)")
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": DEFAULT_DATA})})
     run = Run(out or Path("runs") / _slug(f"{Path(recipe.teacher).name}-{recipe.target}"))
+    job = Job(run, recipe, teacher, shape, say)
+    if RANK:
+        return _assist(job)
     with run.locked():
+        if run.done("distill") is None:  # what cannot be trained is told before anything is computed
+            check(batches=job.batches, heldout=job.heldout, settings=recipe.distill)
         _open(run, recipe, teacher)
-        job = Job(run, recipe, teacher, shape, say)
         for name, stage in STAGES.items():
             if (mark := run.done(name)) is not None:
                 say(f"{name:<11} done before ({mark['seconds']:.1f} s)")
@@ -288,8 +317,17 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
         result = _with_files(run)
         distilled = run.done("distill") or {}
     if distilled["status"] != "ok":
-        raise CheckFailed(f"{distilled['summary']}; see {run.folder / 'report.html'}")
+        raise CheckFailed(f"{distilled['summary']}; see {run.folder / 'report.html'}", result)
     return result
+
+
+def _assist(job: Job) -> dict[str, Any]:
+    """What every process but the first does: wait until the student is cut, and train along."""
+    while job.run.done("surgery") is None:  # the launcher ends us if the first process fails
+        time.sleep(0.5)
+    if job.run.done("distill") is None:
+        distill_student(job)
+    return {}
 
 
 def evaluate(
@@ -311,6 +349,7 @@ def evaluate(
     from .checkpoint import resolve
     from .data import text_batches
     from .evaluate import evaluate as judge
+    from .plan import hub_name
     from .runtime import TorchRuntime
 
     _hush()
@@ -325,8 +364,8 @@ def evaluate(
         what = str(_finished(Run(what)).student)
     elif "demo" in (what, against):
         data = data or "demo"
-    runtime = TorchRuntime(resolve(what), batch_size=settings.batch_size)
-    teacher = TorchRuntime(resolve(against), batch_size=settings.batch_size) if against else None
+    runtime = TorchRuntime(resolve(hub_name(what)), batch_size=settings.batch_size)
+    teacher = TorchRuntime(resolve(hub_name(against)), batch_size=settings.batch_size) if against else None
     heldout: list[Any] = []
     if data:
         sizes = {"context": min(context, runtime.context), "tokens": tokens or settings.tokens}
@@ -351,22 +390,18 @@ def evaluate(
 
 def package(run_folder: Path | str, *, push: str | None = None, say: Say = _quiet) -> dict[str, Any]:
     """Write a finished run's card and checksums again, and push its student if asked: {"folder", "files", "url"}."""
-    from .package import CHECKSUMS, check_checksums, write_card, write_checksums
+    from .checkpoint import resolve
+    from .package import CHECKSUMS, check_checksums
     from .package import push as upload
+    from .plan import hub_name
 
     run = _finished(Run(run_folder))
-    values = recipes.load_values(str(run.recipe))
+    recipe = recipes.build(recipes.load_values(str(run.recipe)), origin=str(run.recipe))
     status = (run.done("distill") or {})["status"]
     if push and status != "ok":
         raise CheckFailed(f"{run.folder} ended {status}, so its student is not pushed; distill it to health first")
     with run.locked():
-        write_card(
-            run.student,
-            report=read_json(run.report),
-            teacher=values["teacher"],
-            recipe=run.recipe.read_text(encoding="utf-8"),
-        )
-        write_checksums(run.student)
+        _ship(run, read_json(run.report), recipe, resolve(hub_name(recipe.teacher)))
         files = check_checksums(run.student)
         say(f"{files} files in {run.student} match {CHECKSUMS}")
         url = upload(run.student, push) if push else None
@@ -377,12 +412,14 @@ def package(run_folder: Path | str, *, push: str | None = None, say: Say = _quie
 
 
 def _hush() -> None:
-    """Keep the libraries' own bars and talk off the screen; ours say what there is to say."""
+    """Keep the libraries' own bars and talk off the screen, but for downloads; ours say what there is to say."""
     import datasets
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
     datasets.disable_progress_bars()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # the Hub's too
+    enable_progress_bars()  # a download takes long, and only the Hub's bar knows of it
     logging.set_verbosity_error()
 
 
@@ -392,6 +429,20 @@ def _checked(recipe: Recipe | dict[str, Any]) -> Recipe:
     if recipe.get("teacher") == "demo":
         recipe = recipes.merged(recipes.load_values("demo"), recipe)
     return recipes.build(recipe)
+
+
+def _ship(run: Run, report: dict[str, Any], recipe: Recipe, teacher: Path) -> None:
+    """Write the student's card and checksums. The card may be published: paths on this machine become names."""
+    from .package import licence_of, write_card, write_checksums
+
+    def named(value: str | None) -> str | None:
+        return Path(value).name if value and Path(value).exists() else value
+
+    data = recipe.data.model_copy(update={"source": named(recipe.data.source)})
+    scores = recipe.importance.model_copy(update={"scores": named(recipe.importance.scores)})
+    public = recipe.model_copy(update={"teacher": named(recipe.teacher), "data": data, "importance": scores})
+    write_card(run.student, report=report, teacher=public.teacher, recipe=public.to_yaml(), licence=licence_of(teacher))
+    write_checksums(run.student)
 
 
 def _slug(text: str) -> str:
@@ -426,14 +477,15 @@ def _open(run: Run, recipe: Recipe, teacher: Checkpoint) -> None:
 
 
 def _suites(names: list[str] | None, tokenizer: Any, *, prompts: int, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Tasks by skill: the built-in suites by name, files by path. A model without a chat template is asked none."""
+    """Tasks by skill: the built-in suites by name, files by path.
+
+    A model without a chat template is asked only what is named: it has to continue a transcript.
+    """
     from .demo import tasks
     from .evaluate.run_skills import read_suite
     from .evaluate.skills import SKILLS
 
-    if not tokenizer.chat_template:
-        if names:
-            raise UserError(f"no chat template, so --suite {names[0]} cannot be asked; expected an instruction model")
+    if not tokenizer.chat_template and not names:
         return {}
     suites: dict[str, list[dict[str, Any]]] = {}
     for name in names or SKILLS:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 UTILISATION = 0.4  # assumed share of the measured matmul rate that whole models reach
 DISK_BYTES_PER_SECOND = 0.5e9  # assumed; reading and writing checkpoints
+TEXT_ROWS, TEXT_CHUNK = 8, 256  # rows of a forward pass over held-out text, and tokens whose logits exist at once
 PRECISIONS = ("bf16", "int8", "int4")
 
 
@@ -105,6 +106,11 @@ def plan(recipe: Recipe) -> Plan:
         rate=rate,
         stages=estimate(recipe, teacher=teacher, student=student, rate=rate),
     )
+
+
+def hub_name(source: str) -> str:
+    """The Hub id of a published shape's name; any other source as it is. A folder of that name comes first."""
+    return source if Path(source).exists() else PUBLISHED.get(source.lower(), source)
 
 
 def teacher_config(source: str) -> dict[str, Any]:
@@ -306,9 +312,9 @@ def _evaluate(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: in
         steps * (value * model.parameters + settings.batch_size * seen * model.kv_bytes_per_token(value))
         for model in models
     )
-    logits = 2 * 4 * context * teacher.vocab
+    text = _forward_bytes(teacher, tokens=TEXT_ROWS * context, value=value) + 2 * 4 * TEXT_CHUNK * teacher.vocab
     cache = settings.batch_size * seen * teacher.kv_bytes_per_token(value)
-    memory = value * (teacher.parameters + student.parameters) + max(logits, cache)
+    memory = value * (teacher.parameters + student.parameters) + max(text, cache)
     seconds = _compute_seconds(flops, rate) + read / rate.bytes_per_second
     note = f"{settings.tokens:,} held-out tokens and {prompts:,} prompts, three models; upper bound"
     return Stage("evaluate", memory, flops, seconds, note)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .run import RANK
+
 
 class Advance:
     """What a long task is handed: call it with how much was done, or `of` with how much is done of how much."""
@@ -14,6 +16,11 @@ class Advance:
 
     def __call__(self, count: int) -> None:
         self._bar.advance(self._task, count)
+        self._rate()
+
+    def to(self, done: int, *, note: str = "") -> None:
+        """`done` in all, and what there is to say about it."""
+        self._bar.update(self._task, completed=done, what=note)
         self._rate()
 
     def of(self, what: str, done: int, total: int | None) -> None:
@@ -44,7 +51,7 @@ def progress(name: str, *, total: int | None = None, unit: str = "") -> Iterator
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-        disable=not sys.stderr.isatty(),
+        disable=RANK > 0 or not sys.stderr.isatty(),
     )
     with bar:
         yield Advance(bar, bar.add_task("", total=total, what="", rate=""), unit)

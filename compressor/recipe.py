@@ -22,7 +22,7 @@ Aggregation = Literal["l2", "mean", "var"]
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are checked and never coerced silently."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -88,7 +88,6 @@ class Recipe(Section):
     teacher: str = Field("meta-llama/Llama-3.1-8B", description="Hub id, folder, or `demo` (embedded)")
     target: str = Field(description="4b, 350m, 50%, 2GiB@int4, layers=16, hidden=3072,ffn=9216, or a published shape")
     seed: int = Field(0, description="of shuffling, sampling and initialisation")
-    trust_remote_code: bool = Field(False, description="run code that comes with the teacher's repository")
     data: Data = Field(default_factory=Data)  # pyright: ignore[reportArgumentType] - every field has a default
     importance: Importance = Field(default_factory=Importance)  # pyright: ignore[reportArgumentType]
     distill: Distill = Field(default_factory=Distill)  # pyright: ignore[reportArgumentType]
@@ -150,7 +149,7 @@ def _explain(error: ValidationError, origin: str) -> UserError:
 def build(values: dict[str, Any], *, origin: str = "recipe") -> Recipe:
     """A checked Recipe from nested values. UserError names the bad key, and the nearest to an unknown one."""
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(_numbers(values))
     except ValidationError as error:
         raise _explain(error, origin) from None
 
@@ -195,32 +194,37 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"--set {assignment}: `{section}` is no section; expected one of {', '.join(KEYS)}")
     try:
-        values[last] = _number(yaml.safe_load(text))
+        values[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"--set {assignment}: {text!r} is not a value; quote it") from None
 
 
-def _number(value: Any) -> Any:
+def _numbers(value: Any) -> Any:
+    """Nested values, with 2e-3 a number wherever it stands."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         number = float(value)  # YAML 1.1 reads 2e-3 as a word
         return int(number) if number.is_integer() else number
     return value
 
 
-def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: int) -> Recipe:
+def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: int, processes: int = 1) -> Recipe:
     """Fill every number that was not set by hand with one that fits the models; what was set stays.
 
     tokens: half a token per parameter of the student, as Minitron's short retraining (1.8B tokens for 4B), a million
-    at least. batch: so that there are 400 steps, also theirs, between 8 and 768 rows. lr: 1e-4 at hidden 4096,
-    inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most.
+    at least. batch: so that there are 400 steps, also theirs, between 8 and 768 rows, an equal share for each of the
+    processes. lr: 1e-4 at hidden 4096, inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most.
     """
     context = _chosen(recipe.data, "context", min(4096, max_positions))
     tokens = _chosen(recipe.distill, "tokens", max(1_000_000, student.parameters // 2))
-    batch = _chosen(recipe.distill, "batch", min(768, max(8, round(tokens / context / 400))))
+    rows = min(768, max(8, round(tokens / context / 400)))
+    batch = _chosen(recipe.distill, "batch", -(-rows // processes) * processes)
     steps = max(1, round(tokens / (batch * context)))
     lr = _chosen(recipe.distill, "lr", min(2e-3, round(1e-4 * 4096 / student.hidden, 6)))
     fitting = max(1, 2**23 // (teacher.hidden * context))  # activations of a forward pass stay small beside the weights
-    micro_batch = max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= fitting)
+    share = max(1, batch // processes)  # rows of a step for each process
+    micro_batch = max(rows for rows in range(1, share + 1) if share % rows == 0 and rows <= fitting)
     distill = {
         "tokens": tokens,
         "batch": batch,

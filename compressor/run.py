@@ -4,6 +4,7 @@ A file or folder is written aside, synced and renamed, so a reader never meets h
 run.json only after its files are in place; whatever a crash leaves behind is redone from the last mark.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -11,25 +12,65 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
+RANK = int(os.environ.get("RANK", "0"))  # of this process among those that a launcher started
+
+
+@contextmanager
+def aside(path: Path) -> Iterator["Writer"]:
+    """A file opened under another name and renamed to `path` once synced; removed if anything fails.
+
+    Raises UserError when the disk is full or not writable.
+    """
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb", buffering=0) as raw:
+            yield Writer(raw)
+            os.fsync(raw.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _unwritten(path: Path, error: Exception) -> UserError:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = "the disk is full" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return UserError(
+        f"could not write {path}: {what}; expected a writable folder with room; free space or choose another"
+    )
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Unbuffered writes that finish: the kernel may take less than it was given (2 GiB at most on Linux)."""
+
+    raw: Any
+
+    def write(self, data: Any) -> None:
+        """Write all of a bytes-like object."""
+        view = memoryview(data)
+        while len(view):
+            view = view[self.raw.write(view) :]
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole: aside, fsync, rename. Raises UserError when the disk is full or not writable."""
+    with aside(path) as file:
+        file.write(data)
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole: aside, fsync, rename."""
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"could not write {path}: {error.strerror}; free space or choose another --out") from error
+    """Write a text file whole, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -71,9 +112,12 @@ def staged(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         aside.rename(folder)
     except OSError as error:
-        raise UserError(
-            f"could not write {folder}: {error.strerror or error}; free space or choose another --out"
-        ) from error
+        raise _unwritten(folder, error) from error
+    except Exception as error:
+        # safetensors and torch.save have exceptions of their own for a disk that takes no more
+        if "I/O error" in str(error) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+            raise _unwritten(folder, error) from error
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -72,7 +72,6 @@ class TorchRuntime:
         dtype: torch.dtype | None = None,
         device: str | None = None,
         batch_size: int = 64,
-        trust_remote_code: bool = False,
     ) -> None:
         from . import checkpoint
 
@@ -82,10 +81,8 @@ class TorchRuntime:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if dtype is None and device == "cpu" and self.nbytes <= FLOAT32_LIMIT_BYTES:
             dtype = torch.float32
-        self.tokenizer = checkpoint.load_tokenizer(self.folder, trust_remote_code=trust_remote_code)
-        self.model: Any = checkpoint.load_model(
-            self.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
+        self.tokenizer = checkpoint.load_tokenizer(self.folder)
+        self.model: Any = checkpoint.load_model(self.folder, dtype=dtype, device=device)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.context = getattr(self.model.config, "max_position_embeddings", None) or 2**31
         self.stops = stop_ids(self.model.generation_config, self.tokenizer)

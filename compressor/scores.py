@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .checkpoint import write_bytes
 from .errors import UserError
+from .run import write_bytes
 
 if TYPE_CHECKING:
     from .shape import Shape

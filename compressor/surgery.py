@@ -154,7 +154,7 @@ def prune(
     missing, unknown, of an unexpected shape or not finite, for unreadable input and for a full disk.
     """
     _check_kept(kept, source.shape, shape)
-    _check_tensors(source)
+    source.check()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; expected a new folder; choose another or delete it")
     config = _student_config(source.config, kept, shape)
@@ -245,39 +245,6 @@ def _kv_heads(heads: Ids, teacher: Shape, student: Shape) -> Ids:
     groups = [{head // old for head in heads[i : i + new]} for i in range(0, len(heads), new)]
     assert all(len(group) == 1 for group in groups), "a head left its KV group"
     return tuple(group.pop() for group in groups)
-
-
-def _check_tensors(source: Checkpoint) -> None:
-    """Every tensor is known and as large as config.json says, before hours or gigabytes are spent."""
-    shape = source.shape
-    for name in source.names:
-        stored = source.metadata(name)
-        if families.droppable(shape, name):
-            if name == "lm_head.weight" and not _same(source, name, "model.embed_tokens.weight"):
-                raise UserError(
-                    f"{source.folder} says tie_word_embeddings but its lm_head differs from its embedding; "
-                    "expected equal tensors; set tie_word_embeddings to false in config.json"
-                )
-            continue
-        expected = tuple(map(shape.size, families.axes_of(shape, name)))
-        if stored.shape != expected:
-            raise UserError(
-                f"{name} in {stored.path} has shape {stored.shape}; config.json says {expected}; "
-                "use the config.json that was saved with these weights"
-            )
-    for name, _ in families.tensors(shape):
-        source.width(name)  # raises for a tensor that is missing or quantized
-
-
-def _same(source: Checkpoint, first: str, second: str) -> bool:
-    """Whether two tensors are equal bit for bit, a chunk at a time."""
-    one, two = source.metadata(first), source.metadata(second)
-    if (one.dtype, one.shape) != (two.dtype, two.shape):
-        return False
-    step = max(1, CHUNK_BYTES * one.shape[0] // max(1, one.nbytes))
-    starts = range(0, one.shape[0], step)
-    ends = [min(start + step, one.shape[0]) for start in starts]
-    return all(source.rows(first, a, b).equal(source.rows(second, a, b)) for a, b in zip(starts, ends, strict=True))
 
 
 def _student_config(teacher: dict[str, Any], kept: Kept, shape: Shape) -> dict[str, Any]:

@@ -16,7 +16,6 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    trust_remote_code: bool = False,
 ) -> torch.nn.Module:
     """Load a teacher in eval mode with no parameter to train.
 
@@ -29,4 +28,4 @@ def load(
     place = torch.device(device) if device is not None else torch.device(PartialState().device or "cpu")
     if dtype is None:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    return load_model(folder, dtype=dtype, device=place, trust_remote_code=trust_remote_code).requires_grad_(False)
+    return load_model(folder, dtype=dtype, device=place).requires_grad_(False)

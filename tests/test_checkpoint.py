@@ -289,3 +289,12 @@ def test_tokenizers_travel_and_absent_ones_are_one_line(folder: Path, tmp_path: 
     again = load_tokenizer(tmp_path / "bare")
     assert again.encode("travel") == load_tokenizer(folder).encode("travel")
     assert again.chat_template == tiny_tokenizer().chat_template
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_finite_weights_are_not_taken_for_infinite(folder: Path, dtype: torch.dtype) -> None:
+    """Their sum overflows the type, they do not."""
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["model.norm.weight"].fill_(torch.finfo(dtype).max)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(Checkpoint(folder).tensor("model.norm.weight"), tensors["model.norm.weight"])

@@ -160,9 +160,9 @@ def test_suites_are_scored_by_the_checkers_and_averaged_over_skills():
     assert found["overall"]["score"] == pytest.approx(0.875)
     assert found["overall"]["n"] == 5
     assert [(s["prompt"], s["passed"]) for s in found["samples"]] == [
-        ("shout 0", True),
-        ("shout 1", False),
-        ("end", True),
+        ("user: shout 0", True),
+        ("user: shout 1", False),
+        ("user: end", True),
     ]
     assert steps[-1] == ("skills", 5, 5)
     json.dumps(found, allow_nan=False)

@@ -6,9 +6,12 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 GROUND = {"errors", "progress", "recipe", "run", "shape", "families", "checkpoint", "data", "runtime"}
@@ -95,7 +98,37 @@ def test_every_dependency_has_a_reason():
     assert not [line for line in lines if "#" not in line]
 
 
-def test_the_constraints_pin_everything_and_torch_above_all():
+def closure(requirements: list[str]) -> set[str]:
+    """The distributions that these requirements pull in here, by their normalised names."""
+    found: set[str] = set()
+    waiting = [Requirement(text) for text in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        extras = requirement.extras or {""}
+        if requirement.marker and not requirement.marker.evaluate():
+            continue
+        key = f"{name}[{','.join(sorted(extras))}]"
+        if key in found:
+            continue
+        found.add(key)
+        for text in distribution(name).requires or []:
+            needed = Requirement(text)
+            if not needed.marker or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                needed.marker = None
+                waiting.append(needed)
+    return {key.partition("[")[0] for key in found}
+
+
+def test_the_constraints_pin_everything_that_gets_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = closure([*project["project"]["dependencies"], *project["dependency-groups"]["dev"]])
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines if not line.startswith("#")}
+    assert wanted <= pinned, wanted - pinned
+
+
+def test_the_constraints_pin_exact_versions_and_torch_above_all():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+( ;.*)?", line) for line in lines)
     assert "torch==2.13.0" in lines

@@ -7,7 +7,8 @@ import torch
 from models import tiny_model
 
 from compressor.errors import UserError
-from compressor.importance import BATCH, POINTS, SEQUENCE, candidate_blocks, measure, removal_loss, skipped
+from compressor.families import FAMILIES
+from compressor.importance import BATCH, SEQUENCE, candidate_blocks, measure, removal_loss, skipped
 from compressor.scores import Scores
 from compressor.shape import Shape
 
@@ -81,7 +82,7 @@ def reference(model, *, batch: str, sequence: str) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("model_type", POINTS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("batch", BATCH)
 @pytest.mark.parametrize("sequence", SEQUENCE)
 def test_scores_follow_the_formulas(model_type, batch, sequence) -> None:
@@ -180,7 +181,7 @@ def test_unknown_aggregation_and_family_are_refused() -> None:
         measure(model, [])
 
 
-@pytest.mark.parametrize("model_type", POINTS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_removal_loss_equals_a_model_without_those_layers(model_type) -> None:
     model = tiny_model(model_type)
     advanced: list[int] = []

@@ -13,7 +13,7 @@ from test_report import result, run_folder  # noqa: F401 - a fixture
 
 from compressor import report
 from compressor.errors import CheckFailed, UserError
-from compressor.package import CHECKSUMS, check_checksums, push, write_card, write_checksums
+from compressor.package import CHECKSUMS, check_checksums, licence_of, push, write_card, write_checksums
 
 TOKEN = "hf_" + "s3cret" * 5
 
@@ -42,6 +42,20 @@ def test_the_card_tells_what_it_is_and_parses_as_a_model_card(run_folder, studen
         assert words in card.text, words
     local = ModelCard.load(write_card(student, report=written, teacher="demo"))
     assert local.data.base_model is None
+
+
+def test_the_licence_comes_from_the_teachers_card(tmp_path):
+    assert licence_of(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\nlicense: llama3.1\n---\n# A teacher\n")
+    assert licence_of(tmp_path) == "llama3.1"
+    for silent in (
+        "# No front matter\n",
+        "---\nlicense: [a, b]\n---\n",
+        "---\n{broken\n---\n",
+        "---\ntags: [x]\n---\n",
+    ):
+        (tmp_path / "README.md").write_text(silent)
+        assert licence_of(tmp_path) is None
 
 
 def test_checksums_satisfy_sha256sum_and_catch_a_changed_byte(student):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import compressor
 from compressor.errors import CheckFailed, UserError
 from compressor.run import read_json
+from compressor.scores import Scores
 
 SMALL = {
     "data": {"context": 48, "heldout_fraction": 0.2},
@@ -102,6 +104,9 @@ def test_the_run_folder_holds_what_the_design_says(finished):
         "SHA256SUMS",
     } <= student
     assert (folder / "student" / "chat_template.jinja").exists()
+    card = (folder / "student" / "README.md").read_text()
+    assert str(folder.parent) not in card  # a card may be published: no path on this machine
+    assert "data.jsonl" in card
 
 
 def test_the_report_says_what_was_measured(finished):
@@ -155,10 +160,24 @@ def test_scores_are_reused_for_another_size_but_not_for_another_teacher(world, f
         compressor.distill(values, out=tmp_path / "run2")
 
 
-def test_a_depth_target_drops_a_block_between_first_and_last_layer(world, tmp_path):
-    report = compressor.distill(recipe(world, "layers=2"), out=tmp_path / "run")
-    assert report["kept"]["layers"]["kept"] in ([0, 2],)
-    assert report["shape"]["student"]["num_layers"] == 2
+@pytest.mark.parametrize("depth", ["perplexity", "block_influence"])
+def test_a_depth_target_drops_the_block_that_does_least(world, tmp_path, depth):
+    teacher = save_tiny(tmp_path / "teacher", "llama", num_hidden_layers=6)
+    tensors = weights(teacher)
+    for name, tensor in tensors.items():
+        if re.search(r"layers\.[23]\..*(o_proj|down_proj)", name):
+            tensor.zero_()  # layers 2 and 3 pass on what they are given
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    values = recipe(world, "layers=4", importance={"depth": depth}) | {"teacher": str(teacher)}
+    report = compressor.distill(values, out=tmp_path / "run")
+    removal = Scores.load(tmp_path / "run" / "scores.safetensors").removal
+    if depth == "perplexity":  # random layers may well do harm: the lowest loss decides, whatever it is
+        first, stop = min(removal, key=lambda block: removal[block])
+        assert set(removal) == {(1, 3), (2, 4), (3, 5)}
+    else:
+        first, stop = 2, 4
+        assert report["pruned"]["agreement"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert report["kept"]["layers"]["kept"] == [i for i in range(6) if not first <= i < stop]
 
 
 def test_a_worse_student_exits_1_and_keeps_the_pruned_model(world, tmp_path):
@@ -264,6 +283,44 @@ def test_empty_data_is_one_line(world, tmp_path):
         compressor.distill(values, out=tmp_path / "run")
 
 
+def test_a_mistake_that_is_found_at_once_does_not_bind_the_folder(world, tmp_path):
+    """What could not start is no run: the corrected command uses the same folder."""
+    wrong = recipe(world)
+    wrong["data"]["source"] = str(tmp_path / "typo.jsonl")
+    with pytest.raises(UserError, match=r"typo\.jsonl"):
+        compressor.distill(wrong, out=tmp_path / "run")
+    with pytest.raises(UserError, match="warmup_steps"):
+        compressor.distill(recipe(world, distill={"warmup_steps": 10**6}), out=tmp_path / "run")
+    assert compressor.distill(recipe(world), out=tmp_path / "run")["status"] == "done"
+
+
+def missing(tensors):
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+
+
+def unknown(tensors):
+    tensors["model.layers.1.mlp.extra.weight"] = torch.zeros(3)
+
+
+def of_another_size(tensors):
+    tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(48, 79)
+
+
+@pytest.mark.parametrize("change", [missing, unknown, of_another_size])
+def test_a_teacher_with_other_tensors_than_its_config_is_one_line(world, tmp_path, change):
+    teacher = save_tiny(tmp_path / "teacher", "llama")
+    tensors = weights(teacher)
+    change(tensors)
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp") as caught:
+        compressor.distill(recipe(world) | {"teacher": str(teacher)}, out=tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    if change is not unknown:  # judging does not go on with weights that were never there either
+        with pytest.raises(UserError, match=r"layers\.1\.mlp"):
+            compressor.evaluate(str(teacher), data=str(world / "data.jsonl"))
+
+
 @pytest.mark.parametrize("target", ["4b", "hidden=64", "llama-3.1-minitron-4b-width", "layers=3"])
 def test_a_teacher_no_larger_than_the_target_is_one_line(world, tmp_path, target):
     with pytest.raises(UserError) as caught:
@@ -280,7 +337,7 @@ def test_a_full_disk_during_surgery_is_one_line_and_the_run_resumes(world, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(surgery, "prune", full)
-        with pytest.raises(UserError, match="No space left on device"):
+        with pytest.raises(UserError, match="the disk is full"):
             compressor.distill(recipe(world), out=tmp_path / "run")
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".pruned")]
     assert compressor.distill(recipe(world), out=tmp_path / "run")["status"] == "done"
@@ -338,3 +395,26 @@ def test_an_unfinished_run_is_no_model(tmp_path):
         compressor.evaluate(str(tmp_path / "run"))
     with pytest.raises(UserError, match="no finished run"):
         compressor.package(tmp_path / "run")
+
+
+def test_two_launched_processes_make_the_student_of_one(world, finished, tmp_path):
+    """`torchrun compressor distill`: both train, the first one alone keeps the folder and reports."""
+    import yaml
+
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(world)))
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "compressor.cli"]
+    line += ["distill", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *line], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == finished[1]["tokens"]
+    assert [text.split()[0] for text in done.stderr.splitlines() if " s  " in text] == [
+        "importance",
+        "surgery",
+        "distill",
+        "evaluate",
+        "report",
+    ]
+    ours, theirs = weights(tmp_path / "run" / "student"), weights(finished[0] / "student")
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=5e-4, msg=name)

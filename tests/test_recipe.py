@@ -93,16 +93,22 @@ def test_broken_yaml_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_set_reads_numbers_as_people_write_them():
+def test_numbers_are_read_as_people_write_them():
     values: dict = {}
     for text in ("distill.lr=2e-3", "distill.tokens=2e9", "target=50%", "data.source=a=b.txt", "teacher=nan"):
         recipes.set_value(values, text)
-    assert values == {
-        "distill": {"lr": 2e-3, "tokens": 2_000_000_000},
-        "target": "50%",
-        "data": {"source": "a=b.txt"},
-        "teacher": "nan",
-    }
+    recipe = recipes.build(values)
+    assert (recipe.distill.lr, recipe.distill.tokens) == (2e-3, 2_000_000_000)
+    assert (recipe.target, recipe.data.source, recipe.teacher) == ("50%", "a=b.txt", "nan")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tokens", "12"), ("tokens", 1.5), ("batch", True), ("lr", "fast"), ("gradient_checkpointing", 1)],
+)
+def test_values_of_another_type_are_refused_not_coerced(key, value):
+    with pytest.raises(UserError, match=f"distill.{key}"):
+        recipes.build({"target": "50%", "distill": {key: value}})
 
 
 @pytest.mark.parametrize("text", ["distill.lr", "target.x.y=1"])

@@ -27,7 +27,7 @@ def result(score: float, *, teacher: bool = False) -> dict:
         "bits_per_byte": 0.8 / score,
         "heldout_tokens": 51_000,
         "agreement": None if teacher else {"kl": 0.1 / score, "top1": score},
-        "skills": {name: dict(entry) for name in report.SKILL_NAMES},
+        "skills": {name: dict(entry) for name in report.SKILLS},
         "overall": dict(entry, n=400),
         "samples": [{"skill": "rag", "prompt": HOSTILE, "answer": HOSTILE + str(score), "passed": score > 0.5}],
     }
@@ -106,7 +106,7 @@ def test_what_was_not_measured_is_null_and_a_dash(run_folder):
     (run_folder / "metrics.jsonl").unlink()
     written = report.write(run_folder)
     assert written["student"]["skills"]["rag"]["score"] is None
-    assert written["recovery"] == {"overall": None, "skills": dict.fromkeys(report.SKILL_NAMES)}
+    assert written["recovery"] == {"overall": None, "skills": dict.fromkeys(report.SKILLS)}
     assert written["agreement"] == {"kl": None, "top1": None}
     assert written["tokens"]["distill"] == 0
     assert "| perplexity | - | - | - |" in (run_folder / "report.md").read_text()

@@ -14,9 +14,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from compressor import train as training
-from compressor.data import collate
+from compressor.data import collate, hidden_states, position_ids, targets
 from compressor.errors import UserError
-from compressor.train import LossSum, hidden_states, targets, train
+from compressor.train import LossSum, train
 
 CONTEXT = 12
 
@@ -279,7 +279,7 @@ def test_right_padding_stays_on_the_fast_causal_path():
     rows = [{"input_ids": torch.arange(n), "position_ids": torch.arange(n)} for n in (3, 5)]
     batch = collate([row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in rows])
     assert find_packed_sequence_indices(batch["position_ids"]) is not None
-    assert find_packed_sequence_indices(training.position_ids(batch)) is None
+    assert find_packed_sequence_indices(position_ids(batch)) is None
 
 
 def test_targets_leave_out_masked_labels_and_first_tokens():

@@ -12,7 +12,7 @@ from .reading import (
     resolve,
     weight_files,
 )
-from .writing import Described, copy_files, copy_tokenizer, require_space, write_bytes, write_checkpoint
+from .writing import Described, copy_files, copy_tokenizer, require_space, write_checkpoint
 
 __all__ = [
     "DEMO_FOLDER",
@@ -29,6 +29,5 @@ __all__ = [
     "require_space",
     "resolve",
     "weight_files",
-    "write_bytes",
     "write_checkpoint",
 ]

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from ..shape import Shape
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "teacher"
-HUB_PATTERNS = ("*.json", "model*.safetensors", *TOKENIZER_FILES, "additional_chat_templates/*")
+HUB_PATTERNS = ("*.json", "README.md", "model*.safetensors", *TOKENIZER_FILES, "additional_chat_templates/*")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+CHUNK_BYTES = 64 * 2**20  # of two tensors that are compared
 SAMPLED_BLOCKS, BLOCK_BYTES = 16, 4096  # per tensor, for the fingerprint
 
 
@@ -44,7 +45,7 @@ class Stored(NamedTuple):
     nbytes: int
 
 
-def resolve(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+def resolve(source: str, *, revision: str | None = None) -> Path:
     """The local folder of a checkpoint: `demo` (embedded), a folder, or a Hub id (safetensors are fetched).
 
     Raises UserError when nothing is found, when the Hub cannot be reached, or when only .bin weights exist.
@@ -53,9 +54,8 @@ def resolve(source: str, *, revision: str | None = None, trust_remote_code: bool
     if folder is None:
         from huggingface_hub import snapshot_download
 
-        patterns: list[str] = [*HUB_PATTERNS, *(["*.py"] if trust_remote_code else [])]
         with _hub(source):
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(HUB_PATTERNS)))
     weight_files(folder)
     return folder
 
@@ -186,6 +186,42 @@ class Checkpoint:
             )
         return DTYPES[stored.dtype][1]
 
+    def check(self) -> None:
+        """Every tensor is known and there, as large as config.json says; told before gigabytes are read.
+
+        Raises UserError for a family without a row, and for a tensor that is unknown, missing, quantized or of another
+        size.
+        """
+        from .. import families
+
+        for name in self.names:
+            stored = self.metadata(name)
+            if families.droppable(self.shape, name):
+                if name == "lm_head.weight" and not self._same(name, "model.embed_tokens.weight"):
+                    raise UserError(
+                        f"{self.folder} says tie_word_embeddings but its lm_head differs from its embedding; "
+                        "expected equal tensors; set tie_word_embeddings to false in config.json"
+                    )
+                continue
+            expected = tuple(map(self.shape.size, families.axes_of(self.shape, name)))
+            if stored.shape != expected:
+                raise UserError(
+                    f"{name} in {stored.path} has shape {stored.shape}; config.json says {expected}; "
+                    "use the config.json that was saved with these weights"
+                )
+        for name, _ in families.tensors(self.shape):
+            self.width(name)
+
+    def _same(self, first: str, second: str) -> bool:
+        """Whether two tensors are equal bit for bit, a chunk at a time."""
+        one, two = self.metadata(first), self.metadata(second)
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        step = max(1, CHUNK_BYTES * one.shape[0] // max(1, one.nbytes))
+        starts = range(0, one.shape[0], step)
+        ends = [min(start + step, one.shape[0]) for start in starts]
+        return all(self.rows(first, a, b).equal(self.rows(second, a, b)) for a, b in zip(starts, ends, strict=True))
+
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor, checked to be finite."""
         return self.rows(name, 0, self.metadata(name).shape[0])
@@ -288,36 +324,45 @@ def check_finite(values: torch.Tensor, what: str) -> None:
         raise UserError(f"{what} holds NaN or infinite weights; expected finite ones; download the model again")
 
 
-def load_model(
-    folder: Path | str, *, dtype: Any = None, device: Any = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_model(folder: Path | str, *, dtype: Any = None, device: Any = None) -> PreTrainedModel:
     """The model in eval mode (dtype None: as stored), after its files and weights were checked.
 
-    Raises UserError for broken files and for NaN or infinite weights (naming the tensor).
+    Raises UserError for broken files, for tensors that are missing or of another size than config.json says, and for
+    NaN or infinite weights (naming the tensor). No code that comes with a model is ever run.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     Checkpoint(folder)  # one line for a broken file, where the loader would give a traceback
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto" if dtype is None else dtype,
         use_safetensors=True,
         local_files_only=True,
-        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported, and refused here in one line
     )
+    model, info = loaded
+    for what in ("missing_keys", "mismatched_keys"):
+        if info[what]:
+            name = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[what])[0]
+            problem = "lacks" if what == "missing_keys" else "has another size for"
+            raise UserError(
+                f"{folder} {problem} {name}; expected every tensor that its config.json asks for; "
+                "use the config.json that was saved with these weights"
+            )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             check_finite(parameter, f"{name} in {folder}")
     return model.to(device or "cpu").eval()
 
 
-def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: Path | str) -> Any:
     """The tokenizer that lies beside the weights. Raises UserError when there is none that can be read."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"no usable tokenizer in {folder} ({_first_line(error)}); expected tokenizer.json beside the "

@@ -6,20 +6,16 @@ Every file is written under another name, synced and renamed: what has its final
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError
-from ..run import write_json
+from ..run import aside, write_bytes, write_json
 from .layout import DTYPES, INDEX, SINGLE, TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -90,7 +86,7 @@ def _write_shard(path: Path, tensors: list[Described], *, progress: Callable[[in
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _aside(path) as file:
+    with aside(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in ordered:
             written = 0
@@ -101,44 +97,6 @@ def _write_shard(path: Path, tensors: list[Described], *, progress: Callable[[in
                 if progress is not None:
                     progress(data.nbytes)
             assert written == tensor.nbytes, f"{tensor.name}: {written} bytes written, {tensor.nbytes} described"
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file aside, sync and rename it. Raises UserError when the disk is full or not writable."""
-    with _aside(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Any]:
-    """A file opened under another name and renamed to `path` once synced; removed if anything fails."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb", buffering=0) as raw:
-            yield _Writer(raw)
-            os.fsync(raw.fileno())
-        partial.replace(path)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = "the disk is full" if full else str(error.strerror)
-        raise UserError(
-            f"cannot write {path}: {what}; expected a writable folder with room; free some space"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """Unbuffered writes that finish: the kernel may take less than it was given (2 GiB at most on Linux)."""
-
-    raw: Any
-
-    def write(self, data: Any) -> None:
-        view = memoryview(data)
-        while len(view):
-            view = view[self.raw.write(view) :]
 
 
 def require_space(folder: Path, nbytes: int) -> None:

@@ -1,9 +1,11 @@
 """Data: a Hub id, JSONL, text, parquet, a folder of those, or `demo` -> packed text rows and masked chats.
 
 `sources` reads records and sets the held-out ones aside by hash, `encoding` turns one record into token ids
-with a mask of the tokens that count, `blocks` makes the rows and batches every stage is fed with.
+with a mask of the tokens that count, `blocks` makes the rows and batches every stage is fed with, and
+`batches` says what a batch means to a model.
 """
 
+from .batches import IGNORED, Batch, hidden_states, position_ids, real_tokens, targets
 from .blocks import (
     Blocks,
     Counts,
@@ -11,14 +13,16 @@ from .blocks import (
     collate,
     heldout_batches,
     heldout_rows,
+    shuffled,
     text_batches,
-    token_fingerprint,
 )
 from .encoding import Example, check_same_tokens, encode
 from .sources import DEFAULT_DATA, heldout, records
 
 __all__ = [
     "DEFAULT_DATA",
+    "IGNORED",
+    "Batch",
     "Blocks",
     "Counts",
     "Example",
@@ -29,7 +33,11 @@ __all__ = [
     "heldout",
     "heldout_batches",
     "heldout_rows",
+    "hidden_states",
+    "position_ids",
+    "real_tokens",
     "records",
+    "shuffled",
+    "targets",
     "text_batches",
-    "token_fingerprint",
 ]

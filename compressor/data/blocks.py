@@ -7,7 +7,6 @@ attention_mask and with use_cache=False, and transformers builds the block-diago
 the right with position 0, where no real token can see it.
 """
 
-import hashlib
 import logging
 import random
 from collections.abc import Iterable, Iterator
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from .batches import IGNORED
 from .encoding import TemplateError, encode
 from .sources import Record, records
 
-IGNORED = -100
 Row = dict[str, torch.Tensor]
 log = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class Blocks(torch.utils.data.IterableDataset):
             kept = counts.kept
             stream = records(self.source, split=self.split, fraction=self.fraction, seed=self.seed)
             if self.source != "demo":  # generated records come in random order already
-                stream = _shuffled(stream, buffer=self.buffer, seed=self.seed + 1_000_003 * epoch)
+                stream = shuffled(stream, buffer=self.buffer, seed=self.seed + 1_000_003 * epoch)
             yield from stream
             if counts.kept == kept:
                 raise UserError(_nothing(self.source, "to train on", counts))
@@ -97,7 +96,7 @@ class Blocks(torch.utils.data.IterableDataset):
             epoch += 1
 
 
-def _shuffled(stream: Iterator[Record], *, buffer: int, seed: int) -> Iterator[Record]:
+def shuffled(stream: Iterator[Record], *, buffer: int = 4096, seed: int = 0) -> Iterator[Record]:
     """Shuffle through a buffer: each record out makes room for the next one in."""
     rng = random.Random(seed)
     held = list(islice(stream, buffer))
@@ -270,16 +269,6 @@ def calibration_batches(
         yield collate(batch)
     if empty:
         raise UserError(_nothing("the data", "to calibrate on", counts))
-
-
-def token_fingerprint(batches: Iterable[dict[str, torch.Tensor]]) -> str:
-    """sha256 over the real token ids of the batches, row by row: independent of batching and padding."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-            digest.update(ids[mask.bool()].to(torch.int64).numpy().tobytes())
-            digest.update(b"|")
-    return digest.hexdigest()
 
 
 def _nothing(source: str, what: str, counts: Counts) -> str:

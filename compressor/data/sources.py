@@ -50,7 +50,7 @@ def records(
     if source == "demo":
         from ..demo import tasks
 
-        yield from tasks.records(split="train" if part == "train" else "test", seed=seed)
+        yield from tasks.records(split="train" if part == "train" else "validation", seed=seed)
         return
     for place, raw in _raw_records(source, split=split):
         record = _checked(raw, place)

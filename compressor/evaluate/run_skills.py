@@ -49,13 +49,20 @@ def run(
         right = passes(task, answers[i])
         outcomes[name].append(right)
         if len(outcomes[name]) <= samples:
-            question = task["messages"][-1]["content"]
-            kept.append({"skill": name, "prompt": question, "answer": answers[i], "passed": right})
+            kept.append({"skill": name, "prompt": shown(task), "answer": answers[i], "passed": right})
     return {
         "skills": {name: interval([rights], seed=seed) for name, rights in outcomes.items()},
         "overall": interval(list(outcomes.values()), seed=seed) if outcomes else None,
         "samples": kept,
     }
+
+
+def shown(task: dict[str, Any]) -> str:
+    """A task as text to read beside its answers: the functions on offer, then who said what."""
+    functions = [tool["function"] for tool in task.get("tools", [])]
+    lines = [f"{f['name']}({', '.join(f.get('parameters', {}).get('properties', {}))})" for f in functions]
+    lines += [f"{message['role']}: {message['content']}" for message in task["messages"]]
+    return "\n".join(lines)
 
 
 def interval(groups: list[list[bool]], *, seed: int = 0) -> dict[str, Any]:

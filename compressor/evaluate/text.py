@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 
-from ..data import check_same_tokens
+from ..data import IGNORED, check_same_tokens
 from ..runtime import Runtime, TorchRuntime
-
-IGNORED = -100
 
 
 def measure(

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..evaluate import recovery
+from ..evaluate.skills import SKILLS
 from ..run import Run, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from ..shape import Shape
 
 SCHEMA_VERSION = 1
-SKILL_NAMES = ("instruction", "roleplay", "rag", "tools")
 MODELS = ("teacher", "pruned", "student")
 SIZES = ("num_layers", "hidden", "ffn", "num_heads", "num_kv_heads", "head_dim", "vocab")
 
@@ -90,7 +90,7 @@ def _model(result: dict[str, Any]) -> dict[str, Any]:
         "bytes": result["bytes"],
         "perplexity": result.get("perplexity"),
         "bits_per_byte": result.get("bits_per_byte"),
-        "skills": {skill: dict(nothing) for skill in SKILL_NAMES} | result.get("skills", {}),
+        "skills": {skill: dict(nothing) for skill in SKILLS} | result.get("skills", {}),
         "overall": result.get("overall") or dict(nothing),
         "agreement": result.get("agreement"),
     }

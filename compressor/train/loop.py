@@ -7,18 +7,21 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as hf_logging
 
+from ..data import Batch, real_tokens, targets
 from ..errors import UserError
-from .batches import Batch, num_steps, targets
+from ..progress import progress
 from .metrics import Progress, metric_lines
 from .trainer import LossFunction, NotFiniteError, Trainer, checkpoint_step, last_checkpoint
 
@@ -60,25 +63,18 @@ def train(
     resumed run ends in the same bits. Raises UserError for settings that do not fit together, empty data
     and a full disk.
     """
-    if not any(bool(targets(batch).any()) for batch in heldout):
-        raise UserError("the held-out data has no target token; expected at least one; use more data")
-    steps = num_steps(batches, tokens=settings.tokens, batch=settings.batch)
+    steps = check(batches=batches, heldout=heldout, settings=settings)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(settings, steps=steps, folder=folder, seed=seed)
-    if len(heldout) < arguments.world_size:
-        raise UserError(
-            f"there are {len(heldout)} held-out batches for {arguments.world_size} processes; expected one each; "
-            "raise distill.heldout_rows or lower distill.micro_batch"
-        )
     if arguments.should_save:
         for leftover in [*folder.glob(".checkpoint-*.part"), *folder.glob(".checkpoint-*.old")]:
             shutil.rmtree(leftover)
     student: Any = model.float()
     if settings.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
-    board, progress, last = TensorBoardCallback(), Progress(), last_checkpoint(folder)
+    board, last = TensorBoardCallback(), last_checkpoint(folder)
     board.logging_dir = str(folder / "tensorboard")
-    with _quiet():
+    with _quiet(), progress("distill", total=steps, unit="steps") as advance:
         trainer = Trainer(
             student,
             loss=loss,
@@ -86,7 +82,7 @@ def train(
             batches=batches,
             heldout=heldout,
             metrics=metrics or folder / "metrics.jsonl",
-            callbacks=[board, progress],
+            callbacks=[board, Progress(advance)],
         )
         if last is not None and checkpoint_step(last) >= steps:
             trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
@@ -98,7 +94,6 @@ def train(
         except NotFiniteError:
             status = "not_finite"
         finally:
-            progress.close()
             if board.tb_writer is not None:
                 board.tb_writer.close()
         return _result(status, trainer.state, folder)
@@ -121,17 +116,62 @@ def _result(status: str, state: TrainerState, folder: Path) -> TrainResult:
     )
 
 
-def _arguments(settings: Any, *, steps: int, folder: Path, seed: int) -> TrainingArguments:
-    """The Trainer's arguments for our settings. UserError for settings that do not fit together."""
-    if settings.warmup_steps >= steps:
+def check(*, batches: torch.utils.data.IterableDataset, heldout: Sequence[Batch], settings: Any) -> int:
+    """The number of optimizer steps that `train` would take with the same arguments, on as many processes as now.
+
+    Raises UserError for settings that do not fit together, and for data without rows or without a target.
+    """
+    processes = PartialState().num_processes
+    if not any(bool(targets(batch).any()) for batch in heldout):
+        raise UserError("the held-out data has no target token; expected at least one; use more data")
+    if len(heldout) < processes:
         raise UserError(
-            f"distill.tokens pays for {steps} steps and distill.warmup_steps is {settings.warmup_steps}; "
-            "expected fewer warm-up steps than steps; raise distill.tokens or lower distill.warmup_steps"
+            f"there are {len(heldout)} held-out batches for {processes} processes; expected one each; "
+            "raise distill.heldout_rows or lower distill.micro_batch"
         )
     if settings.min_lr > settings.lr:
         raise UserError(
             f"distill.min_lr is {settings.min_lr}; expected at most distill.lr, {settings.lr}; lower distill.min_lr"
         )
+    per_step = settings.micro_batch * processes
+    if settings.batch % per_step:
+        raise UserError(
+            f"distill.batch is {settings.batch} rows, and {processes} process(es) take "
+            f"{settings.micro_batch} each at a time; expected a multiple of {per_step}; "
+            "change distill.batch or distill.micro_batch"
+        )
+    steps = num_steps(batches, tokens=settings.tokens, batch=settings.batch)
+    if settings.warmup_steps >= steps:
+        raise UserError(
+            f"distill.tokens pays for {steps} steps and distill.warmup_steps is {settings.warmup_steps}; "
+            "expected fewer warm-up steps than steps; raise distill.tokens or lower distill.warmup_steps"
+        )
+    return steps
+
+
+def num_steps(rows: torch.utils.data.IterableDataset, *, tokens: int, batch: int) -> int:
+    """Optimizer steps of `batch` rows that `tokens` pay for, going by the mean length of the first rows.
+
+    Raises UserError when there are no rows and when the tokens do not pay for one step.
+    """
+    seen = lengths = 0
+    for row in islice(rows, 1024):
+        seen, lengths = seen + 1, lengths + real_tokens(row)
+        if lengths >= 2**18:
+            break
+    if not lengths:
+        raise UserError("the training data is empty; expected at least one row; check --data")
+    steps = int(tokens * seen / (lengths * batch))
+    if not steps:
+        raise UserError(
+            f"distill.tokens is {tokens}, but one step takes about {lengths * batch // seen} ({batch} rows); "
+            "expected at least one step; raise distill.tokens or lower distill.batch"
+        )
+    return steps
+
+
+def _arguments(settings: Any, *, steps: int, folder: Path, seed: int) -> TrainingArguments:
+    """The Trainer's arguments for settings that `check` has passed."""
     every = math.gcd(settings.eval_every, settings.save_every)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -168,14 +208,7 @@ def _arguments(settings: Any, *, steps: int, folder: Path, seed: int) -> Trainin
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs take one process each (torchrun), never DataParallel
-    per_step = settings.micro_batch * arguments.world_size
-    if settings.batch % per_step:
-        raise UserError(
-            f"distill.batch is {settings.batch} rows, and {arguments.world_size} process(es) take "
-            f"{settings.micro_batch} each at a time; expected a multiple of {per_step}; "
-            "change distill.batch or distill.micro_batch"
-        )
-    arguments.gradient_accumulation_steps = settings.batch // per_step
+    arguments.gradient_accumulation_steps = settings.batch // (settings.micro_batch * arguments.world_size)
     return arguments
 
 

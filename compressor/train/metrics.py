@@ -1,14 +1,15 @@
-"""What training writes and shows: lines of metrics.jsonl, and one bar on the terminal."""
+"""What training writes and shows: lines of metrics.jsonl, and the bar on the terminal."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..progress import Advance
 
 # Our names for what the Trainer logs under its own.
 NAMES = {
@@ -39,43 +40,14 @@ def json_lines(lines: Sequence[Mapping[str, float]]) -> str:
 
 
 class Progress(TrainerCallback):
-    """One bar on stderr with rate, losses and time left; nothing where stderr is no terminal."""
+    """Moves the bar, and says what is known of speed and losses."""
 
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        self.bar = Bar(
-            TextColumn("distill"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
-        self.task = self.bar.add_task("", total=None)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Show the bar where the training starts or continues."""
-        if state.is_world_process_zero:
-            self.bar.start()
-            self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move on by a step."""
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Say what is known of speed and losses."""
         known = {key: value for line in metric_lines(state.log_history[-20:]) for key, value in line.items()}
         parts = [f"{known['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in known else []
         parts += [f"{name} {known[name]:.4f}" for name in ("loss", "heldout_loss") if name in known]
-        self.bar.update(self.task, description=", ".join(parts))
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self.bar.stop()
+        self.advance.to(state.global_step, note=", ".join(parts))

@@ -25,10 +25,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoint import require_space
-from ..data import collate
+from ..data import Batch, collate, real_tokens, targets
 from ..errors import UserError
 from ..run import staged, write_text
-from .batches import Batch, real_tokens, targets
 from .metrics import json_lines, metric_lines
 
 

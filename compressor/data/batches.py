@@ -7,13 +7,10 @@ restart at each document of a packed row; all (B, T). A row is the same without 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from ..errors import UserError
 
 Batch = Mapping[str, Tensor]
 IGNORED = -100  # a label that is no target, as everywhere in transformers
@@ -59,24 +56,3 @@ def position_ids(batch: Batch) -> Tensor:
 def real_tokens(batch: Batch) -> int:
     """Tokens of a batch or row that are not padding."""
     return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-
-
-def num_steps(rows: torch.utils.data.IterableDataset, *, tokens: int, batch: int) -> int:
-    """Optimizer steps of `batch` rows that `tokens` pay for, going by the mean length of the first rows.
-
-    Raises UserError when there are no rows and when the tokens do not pay for one step.
-    """
-    seen = lengths = 0
-    for row in islice(rows, 1024):
-        seen, lengths = seen + 1, lengths + real_tokens(row)
-        if lengths >= 2**18:
-            break
-    if not lengths:
-        raise UserError("the training data is empty; expected at least one row; check --data")
-    steps = int(tokens * seen / (lengths * batch))
-    if not steps:
-        raise UserError(
-            f"distill.tokens is {tokens}, but one step takes about {lengths * batch // seen} ({batch} rows); "
-            "expected at least one step; raise distill.tokens or lower distill.batch"
-        )
-    return steps
