@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import random
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +83,7 @@ def compare(source: Checkpoint, *, target: str, data: str, tokens: int, seeds: l
             kept = surgery.select(scores, source.shape, shape)
             if arm.startswith("random cut"):
                 kept = random_cut(source.shape, shape, seed)
-            print(f"{target} {arm} seed {seed}: layers {kept.layers}", flush=True)
+            print(f"{target} {arm} seed {seed}: layers {kept.layers}", file=sys.stderr)
             surgery.prune(source, folder / "start", kept=kept, shape=shape)
             student = load_model(folder / "start", dtype=torch.float32)
             if arm.startswith("random weights"):
@@ -100,7 +101,7 @@ def compare(source: Checkpoint, *, target: str, data: str, tokens: int, seeds: l
             )
             curve = {line["tokens"]: line["heldout_ce"] for line in result.history if "heldout_ce" in line}
             arms.setdefault(arm, []).append({"seed": seed, "curve": curve, "seconds": result.seconds})
-            print(f"{target} {arm} seed {seed}: {list(curve.values())[-1]:.4f}", flush=True)
+            print(f"{target} {arm} seed {seed}: {list(curve.values())[-1]:.4f}", file=sys.stderr)
     return {
         "target": target,
         "shape": shape.to_dict(),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .architecture import PUBLISHED, choose, named_config, parse_target
 from .shape import Shape
+from .units import duration, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -137,8 +138,8 @@ def measure_rate(*, precision: str = "auto", seconds: float = 0.5) -> Rate:
     if precision == "auto":
         precision = "bf16" if cuda else "fp32"
     device = torch.device("cuda" if cuda else "cpu")
-    size = 8192 if cuda else 512
-    left = torch.randn(size, size, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    width = 8192 if cuda else 512
+    left = torch.randn(width, width, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     buffer = torch.ones(2**30 if cuda else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(buffer)
 
@@ -161,7 +162,7 @@ def measure_rate(*, precision: str = "auto", seconds: float = 0.5) -> Rate:
         matmul = best(lambda: left @ left)
         copy = best(lambda: target.copy_(buffer))
     name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    return Rate(name, precision, 2 * size**3 / matmul, 2 * buffer.numel() / copy)
+    return Rate(name, precision, 2 * width**3 / matmul, 2 * buffer.numel() / copy)
 
 
 def estimate(recipe: Any, *, teacher: Shape, student: Shape, rate: Rate) -> tuple[Stage, ...]:
@@ -255,7 +256,7 @@ def _surgery(teacher: Shape, student: Shape) -> Stage:
         max(2 * 2 * largest, student.nbytes("bf16")),
         0,
         moved / DISK_BYTES_PER_SECOND,
-        f"slicing alone {_bytes(2 * 2 * largest)}; then the student is loaded for a check",
+        f"slicing alone {size(2 * 2 * largest)}; then the student is loaded for a check",
     )
 
 
@@ -285,8 +286,8 @@ def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int
     passing = max(loss, _forward_bytes(teacher, tokens=micro, value=value))
     note = (
         f"{settings.tokens:,} tokens in {steps:,} steps, {per_token:,} FLOPs per token; teacher "
-        f"{_bytes(value * teacher.parameters)}, student with AdamW {_bytes(states)}, "
-        f"activations {_bytes(kept)}"
+        f"{size(value * teacher.parameters)}, student with AdamW {size(states)}, "
+        f"activations {size(kept)}"
     )
     memory = value * teacher.parameters + states + kept + passing
     return Stage("distill", memory, flops, _compute_seconds(flops, rate), note)
@@ -375,33 +376,15 @@ def render(plan: Plan, console: Console) -> None:
     stages.add_column("note", overflow="fold")
     for stage in plan.stages:
         work = f"{stage.flops:.3g}" if stage.flops else "-"
-        stages.add_row(stage.name, _bytes(stage.memory_bytes), work, _duration(stage.seconds), stage.note)
+        stages.add_row(stage.name, size(stage.memory_bytes), work, duration(stage.seconds), stage.note)
     total = sum(stage.flops for stage in plan.stages)
-    stages.add_row("in all", _bytes(plan.memory_bytes), f"{total:.3g}", _duration(plan.seconds), "largest; sums")
+    stages.add_row("in all", size(plan.memory_bytes), f"{total:.3g}", duration(plan.seconds), "largest; sums")
     console.print(stages)
     rate = plan.rate
     console.print(
         f"Time: {rate.flops_per_second:.3g} FLOP/s in {rate.precision} matmuls, measured now on "
         f"{rate.device}; assumed: {UTILISATION:.0%} of that in whole models, one device, disks at "
-        f"{_bytes(int(DISK_BYTES_PER_SECOND))}/s. Bytes are the weights alone; block "
+        f"{size(int(DISK_BYTES_PER_SECOND))}/s. Bytes are the weights alone; block "
         "scales add 6 % (int8) to 12 % (int4).",
         highlight=False,
     )
-
-
-def _bytes(count: int) -> str:
-    """1536 -> '1.5 KiB'."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
-def _duration(seconds: float) -> str:
-    """5400 -> '1.5 h'."""
-    for limit, size, unit in ((90, 1, "s"), (90 * 60, 60, "min"), (48 * 3600, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 86400:,.1f} days"

@@ -199,18 +199,6 @@ class Shape:
         """The fields as plain JSON values, as written to shape.json."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Shape:
-        """Read what `to_dict` wrote. Raises UserError for missing or unknown fields."""
-        names = {f.name for f in fields(cls)}
-        needed = {"family", *CONFIG_KEYS}
-        if not isinstance(values, Mapping) or not needed <= set(values) <= names:
-            raise UserError(
-                f"this is not a shape: it needs {', '.join(sorted(needed))} and knows only "
-                f"{', '.join(sorted(names))}; use a shape.json that compressor wrote"
-            )
-        return cls(**dict(values))
-
 
 def _head_dim(sizes: Mapping[str, Any]) -> int:
     """hidden / heads, rounded down as the config classes do."""

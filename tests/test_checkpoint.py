@@ -157,6 +157,20 @@ def test_hub_failures_are_one_line(function: str) -> None:
         assert last.count(";") == 2
 
 
+def test_no_network_is_told_at_once() -> None:
+    code = "from compressor.checkpoint import read_config; read_config('someone/some-model')"
+    online = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=online | {"HF_ENDPOINT": "https://nowhere.invalid", "no_proxy": "*"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "cannot get someone/some-model (no network, and not in the cache)" in done.stderr.strip().splitlines()[-1]
+    assert "Retrying" not in done.stderr
+
+
 def test_importing_is_light() -> None:
     """The command line reads configs without paying for torch."""
     code = "import sys, compressor.checkpoint; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from models import tiny_config, tiny_model
@@ -11,6 +12,7 @@ from compressor.architecture import named_config
 from compressor.errors import UserError
 from compressor.recipe import build
 from compressor.shape import Shape
+from compressor.units import size
 
 planning = importlib.import_module("compressor.plan")  # `compressor.plan` is the function
 RATE = planning.Rate(device="test", precision="fp32", flops_per_second=1e12, bytes_per_second=1e10)
@@ -156,7 +158,7 @@ def test_activation_memory_is_what_torch_keeps(model_type, precision, tolerance,
     _, two = kept(2)
     counted = [
         planning.activation_bytes(
-            Shape.from_dict(shape.to_dict() | {"num_layers": layers}),
+            replace(shape, num_layers=layers),
             tokens=tokens,
             precision=precision,
             checkpointing=checkpointing,
@@ -181,9 +183,9 @@ def test_memory_follows_the_recipe():
     assert more == 4 * 4 * 1000 * teacher.vocab
     half = planning.Rate(device="test", precision="bf16", flops_per_second=1e12, bytes_per_second=1e10)
     assert stages(teacher, student, rate=half)["teacher"].memory_bytes == 2 * teacher.parameters
-    assert f"student with AdamW {planning._bytes(16 * student.parameters)}" in usual["distill"].note
+    assert f"student with AdamW {size(16 * student.parameters)}" in usual["distill"].note
     assert (
-        f"student with AdamW {planning._bytes(18 * student.parameters)}"
+        f"student with AdamW {size(18 * student.parameters)}"
         in stages(teacher, student, rate=half)["distill"].note
     )
     assert usual["surgery"].memory_bytes == 2 * student.parameters
@@ -204,18 +206,3 @@ def test_the_rate_is_measured():
     assert rate.precision in ("fp32", "bf16")
     assert 1e8 < rate.flops_per_second < 1e16
     assert 1e8 < rate.bytes_per_second < 1e14
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**52, "4096.0 TiB")]
-)
-def test_bytes_for_people(count, text):
-    assert planning._bytes(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.5, "0.5 s"), (89, "89.0 s"), (600, "10.0 min"), (5400, "1.5 h"), (864000, "10.0 days")],
-)
-def test_durations_for_people(seconds, text):
-    assert planning._duration(seconds) == text

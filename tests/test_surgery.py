@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +35,7 @@ IDS = torch.randint(3, 259, (2, 17), generator=torch.Generator().manual_seed(5))
 
 
 def resized(shape: Shape, **sizes: int) -> Shape:
-    return Shape.from_dict(shape.to_dict() | sizes)
+    return replace(shape, **sizes)
 
 
 def load(folder: Path):

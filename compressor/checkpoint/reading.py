@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from functools import cached_property
 from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from ..errors import UserError
 from .layout import DTYPES, INDEX, OTHER_BYTES, SINGLE, TOKENIZER_FILES
@@ -54,8 +57,11 @@ def resolve(source: str, *, revision: str | None = None) -> Path:
     if folder is None:
         from huggingface_hub import snapshot_download
 
-        with _hub(source):
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+        with _hub(source) as cached:
+            patterns = list(HUB_PATTERNS)
+            folder = Path(
+                snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=cached)
+            )
     weight_files(folder)
     return folder
 
@@ -66,8 +72,8 @@ def read_config(source: str | Path) -> dict[str, Any]:
     if folder is None:
         from huggingface_hub import hf_hub_download
 
-        with _hub(str(source)):
-            folder = Path(hf_hub_download(str(source), "config.json")).parent
+        with _hub(str(source)) as cached:
+            folder = Path(hf_hub_download(str(source), "config.json", local_files_only=cached)).parent
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"no config.json in {folder}; expected a Hugging Face model folder; check the path")
@@ -90,17 +96,34 @@ def _local(source: str) -> Path | None:
 
 
 @contextmanager
-def _hub(source: str) -> Iterator[None]:
-    """Everything that can go wrong on the Hub (unknown, gated, offline), as one line."""
+def _hub(source: str) -> Iterator[bool]:
+    """Whether to look in the cache alone; and everything that can go wrong (unknown, gated, offline), as one line."""
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
+    unreachable = _hub_is_unreachable()
     try:
-        yield
+        yield unreachable
     except (OSError, EntryNotFoundError, HFValidationError) as error:
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        if unreachable and not isinstance(error, HFValidationError):
+            why = "no network, and not in the cache"
         raise UserError(
-            f"cannot get {source} ({type(error).__name__}: {_first_line(error)}); expected a folder, "
+            f"cannot get {source} ({why}); expected a folder, "
             "demo or a Hub id that this machine can reach; check the name, the network or `hf auth login`"
         ) from error
+
+
+def _hub_is_unreachable() -> bool:
+    """True where the Hub's name has no address: its library would retry for half a minute before it says so."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies().keys() - {"no"}:  # a proxy resolves names itself
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
 
 
 def weight_files(folder: Path) -> dict[str, set[str] | None]:

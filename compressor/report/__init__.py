@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..evaluate import recovery
 from ..evaluate.skills import SKILLS
 from ..run import Run, read_json, write_json, write_text
+from ..units import duration, short, size
 
 if TYPE_CHECKING:
     from ..shape import Shape
@@ -188,34 +189,6 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def short(value: float) -> str:
-    """8030261248 -> "8.03B"; below ten thousand the number itself."""
-    for unit, factor, least in (("B", 1e9, 1e9), ("M", 1e6, 1e6), ("k", 1e3, 1e4)):
-        if abs(value) >= least:
-            return f"{value / factor:.3g}{unit}"
-    return f"{value:g}"
-
-
-def size(value: float | None) -> str:
-    """Bytes in the unit that suits them."""
-    if value is None:
-        return "-"
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= factor:
-            return f"{value / factor:.2f} {unit}"
-    return f"{value} bytes"
-
-
-def seconds(value: float | None) -> str:
-    """75 -> "1 min 15 s"."""
-    if value is None:
-        return "-"
-    if value < 60:
-        return f"{value:.1f} s"
-    hours, minutes = divmod(int(value) // 60, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(value) % 60} s"
-
-
 def score(entry: dict[str, Any]) -> str:
     """ "95.0 % (92.1-97.3)" """
     if entry["score"] is None:
@@ -287,7 +260,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     if report["kept"]:
         parts += ["## Kept", "\n".join(f"- {line}" for line in kept_lines(report["kept"]))]
     if report["seconds"]:
-        times = [[stage, seconds(value)] for stage, value in report["seconds"].items()]
+        times = [[stage, duration(value)] for stage, value in report["seconds"].items()]
         parts += ["## Time", markdown_table(["stage", "time"], times)]
     return "\n\n".join(parts) + "\n"
 

@@ -3,7 +3,8 @@
 from html import escape
 from typing import Any
 
-from . import MODELS, headline, kept_lines, model_rows, percent, seconds, shape_rows
+from ..units import duration
+from . import MODELS, headline, kept_lines, model_rows, percent, shape_rows
 from .plots import loss_plot, shape_plot, skills_plot
 
 STYLE = """
@@ -146,7 +147,7 @@ def _times(stages: dict[str, float | None]) -> str:
     return "".join(
         f'<div class="bar"><span>{escape(stage)}</span>'
         f'<div><i style="width:{100 * (value or 0) / longest:.1f}%"></i></div>'
-        f"<span>{escape(seconds(value))}</span></div>"
+        f"<span>{escape(duration(value))}</span></div>"
         for stage, value in stages.items()
     )
 

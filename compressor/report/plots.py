@@ -8,7 +8,7 @@ import io
 import re
 from typing import Any
 
-from . import short
+from ..units import short
 
 # Placeholder colour in the drawing -> CSS variable of the page.
 COLOURS = {
