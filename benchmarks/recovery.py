@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+
 from compressor import importance, surgery, teacher
 from compressor import recipe as recipes
 from compressor.architecture import choose, parse_target

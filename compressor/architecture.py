@@ -205,7 +205,7 @@ def _fits_inside(target: Target, student: Shape, teacher: Shape) -> Shape:
 
 
 def _bounds(target: Target, teacher: Shape) -> tuple[float, float, float]:
-    """The parameters asked for, and the least and most that meet the target."""
+    """The parameters asked for, and the least and most that meet the target. Bytes are of weights, not block scales."""
     if target.kind == "bytes":
         most = target.amount * 8 / BITS[target.precision]
         return most, (1 - TOLERANCE) * most, most

@@ -17,6 +17,7 @@ from .errors import CheckFailed, UserError
 app = typer.Typer(
     name="compressor",
     help="Turn a large open-weight language model into a small one that fits a device, and prove it.",
+    epilog="With --debug, an error shows its traceback.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -134,7 +135,7 @@ def evaluate(
     tokens: Annotated[
         int | None, typer.Option(help="Held-out tokens. [default: a run's own, or 100000]", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which tasks of a suite are drawn.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Draws the tasks of a suite. [default: a run's own, or 0]")] = None,
     as_json: Json = False,
 ) -> None:
     """Judge a model: perplexity, agreement with its teacher, the four skills with confidence intervals."""

@@ -7,7 +7,7 @@ fused loss (losses.py). The student must end better on held-out rows than it was
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,7 @@ from .checkpoint import load_model
 from .data import Batch, hidden_states, targets
 from .errors import UserError
 from .losses import fused_linear_divergence
-from .train import LossFunction, LossSum, train
-
-
-@dataclass(frozen=True)
-class DistillResult:
-    """Held-out values are the distillation loss per target; `best_folder` holds the weights to go on with."""
-
-    status: str  # "ok"; "worse": the end is worse than the start; "not_finite": a loss was NaN or infinite
-    first_heldout: float
-    last_heldout: float
-    best_heldout: float
-    tokens: int
-    steps: int
-    seconds: float
-    best_folder: Path  # the best checkpoint, or the folder that came in when none is better
-    history: list[dict[str, float]]
-
-    def describe(self) -> str:
-        """One line for a summary or an error."""
-        kept = f"kept {self.best_folder} (held-out loss {self.best_heldout:.4f})"
-        if self.status == "not_finite":
-            return f"loss not finite after {self.steps} steps; expected a finite one; {kept}; lower distill.lr"
-        change = f"held-out loss {self.first_heldout:.4f} -> {self.last_heldout:.4f} in {self.steps} steps"
-        if self.status == "worse":
-            return f"{change}: worse than before distillation; {kept}; lower distill.lr or raise distill.tokens"
-        return f"{change}; {kept}"
+from .train import LossFunction, LossSum, TrainResult, train
 
 
 def distill(
@@ -57,14 +32,14 @@ def distill(
     seed: int = 0,
     vocab: int | None = None,
     metrics: Path | None = None,
-) -> DistillResult:
+) -> TrainResult:
     """Distill the student in `student_folder` from `teacher` (see teacher.load); checkpoints go to `folder`.
 
     `batches`, `heldout`, `metrics` and `settings` (a recipe.Distill) are as in `train.train`; `vocab` is
     the number of real ids (default: the smaller of the two heads), so that padded ids take no part.
     Continues by itself after a kill. Checkpoints are float32 and carry no tokenizer. Raises UserError for
     input that cannot be distilled; a student that comes out worse is no error here but the status of the
-    result.
+    result, and `best_folder` is then the folder that came in.
     """
     student = load_model(student_folder, dtype=torch.float32)
     for model in (teacher, student):
@@ -79,17 +54,7 @@ def distill(
         metrics=metrics,
         seed=seed,
     )
-    return DistillResult(
-        status=result.status,
-        first_heldout=result.first_heldout,
-        last_heldout=result.last_heldout,
-        best_heldout=result.best_heldout,
-        tokens=result.tokens,
-        steps=result.steps,
-        seconds=result.seconds,
-        best_folder=result.best_folder or student_folder,
-        history=result.history,
-    )
+    return replace(result, best_folder=result.best_folder or student_folder)
 
 
 def distillation_loss(teacher: nn.Module, *, settings: Any, vocab: int | None = None) -> LossFunction:

@@ -1,6 +1,7 @@
 """Which tensor of a checkpoint has which axes: one table row per Hugging Face model_type.
 
-Importance, surgery, counting and checking all read this table, so a new family is a new row and nothing else. A pattern
+Importance, surgery, counting and checking all read this table, so a new family whose tensors are named like
+Llama's is a new row and nothing else. A pattern
 is a tensor name with `{i}` where the layer number stands; its axes are named in the order of the dimensions
 that are stored (a torch Linear holds out x in). "heads" and "kv_heads" are rows, that is heads times
 head_dim. A flag names the attribute of `Shape` that must be true for the tensor to exist.

@@ -258,7 +258,7 @@ def removal_loss(
     *,
     progress: Callable[[int], object] | None = None,
 ) -> dict[tuple[int, int], float]:
-    """Held-out loss (nats per token; exp is the perplexity) with layers first..stop-1 skipped, per block.
+    """Loss on `batches` (nats per token; exp is the perplexity) with layers first..stop-1 skipped, per block.
 
     `batches` as for `measure`, read once; with "labels" (B, T), only labels other than -100 are predicted,
     otherwise every real token after a real one. A block may be a single layer (i, i + 1), or (0, 0) for the

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .scores import Scores
 
 Say = Callable[[str], None]
+PATIENCE_SECONDS = 600  # that other processes wait for the first one to open the run folder
 
 
 def _quiet(message: str) -> None:
@@ -56,7 +57,9 @@ class Job:
     @property
     def vocab(self) -> int:
         """How many token ids there are: the heads' further rows are padding and take no part in the loss."""
-        return min(1 + max(self.tokenizer.get_vocab().values()), self.shape.vocab)
+        from .data import num_ids
+
+        return min(num_ids(self.tokenizer), self.shape.vocab)
 
     @property
     def source(self) -> str:
@@ -84,7 +87,8 @@ class Job:
 
         settings = self.recipe.distill
         sizes = {"limit": settings.heldout_rows, "batch_size": settings.micro_batch}
-        return heldout_batches(self.source, self.tokenizer, context=self.recipe.data.context, **sizes, **self.data)
+        with progress("held-out rows", unit="rows"):
+            return heldout_batches(self.source, self.tokenizer, context=self.recipe.data.context, **sizes, **self.data)
 
 
 # --- the stages, in order -------------------------------------------------------------------------------------------
@@ -105,9 +109,14 @@ def importance(job: Job) -> str:
         return calibration_batches(stream, job.tokenizer, samples=samples, **sizes)
 
     scores = _reused_scores(job) if settings.scores else None
+    if scores is not None and settings.depth == "block_influence":
+        scores.removal.clear()  # surgery would go by it
+        if removed > 1 and removed not in scores.blocks:
+            scores = None
     model: Any = None
     if scores is None or (removed and settings.depth == "perplexity" and not set(blocks) <= set(scores.removal)):
         model = teacher.load(job.teacher.folder)
+    measured = scores is None
     if scores is None:
         with progress("importance", total=settings.samples, unit="rows") as advance:
             scores = importance.measure(
@@ -125,7 +134,7 @@ def importance(job: Job) -> str:
             scores.removal |= importance.removal_loss(model, rows(settings.depth_samples), blocks, progress=advance)
     scores.save(job.run.scores)
     job.run.note(fingerprints={"teacher": scores.teacher, "calibration": scores.calibration})
-    reused = f", reused from {settings.scores}" if settings.scores else ""
+    reused = "" if measured else f", reused from {settings.scores}"
     return f"{scores.about['rows']} rows, {int(scores.about['tokens']):,} tokens{reused}"
 
 
@@ -215,7 +224,9 @@ def evaluate_all(job: Job) -> str:
 
     settings = job.recipe.evaluate
     tokenizer = job.tokenizer
-    heldout = text_batches(job.source, tokenizer, context=job.recipe.data.context, tokens=settings.tokens, **job.data)
+    with progress("held-out text", unit="rows"):
+        sizes = {"context": job.recipe.data.context, "tokens": settings.tokens}
+        heldout = text_batches(job.source, tokenizer, **sizes, **job.data)
     suites = _suites(None, tokenizer, prompts=settings.prompts, seed=job.recipe.seed)
     teacher = TorchRuntime(job.teacher.folder, batch_size=settings.batch_size)
     results = {}
@@ -244,7 +255,7 @@ def report(job: Job) -> str:
 
     status = (job.run.done("distill") or {})["status"]
     written = report.write(job.run.folder, status="done" if status == "ok" else status)
-    _ship(job.run, written, job.recipe, job.teacher.folder)
+    _ship(job.run, written, job.recipe)
     return str(job.run.folder / "report.html")
 
 
@@ -304,6 +315,7 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     with run.locked():
         if run.done("distill") is None:  # what cannot be trained is told before anything is computed
             check(batches=job.batches, heldout=job.heldout, settings=recipe.distill)
+            _check_ids(job)
         _open(run, recipe, teacher)
         for name, stage in STAGES.items():
             if (mark := run.done(name)) is not None:
@@ -321,9 +333,28 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     return result
 
 
+def _check_ids(job: Job) -> None:
+    """A tokenizer can have more tokens than its model knows: harmless until the data use one."""
+    largest = max(int(batch["input_ids"].max()) for batch in job.heldout)
+    if largest >= job.teacher.shape.vocab:
+        raise UserError(
+            f"the data hold the token id {largest}, but the teacher knows {job.teacher.shape.vocab} ids; expected a "
+            "tokenizer that fits the weights; use the one that came with them"
+        )
+
+
 def _assist(job: Job) -> dict[str, Any]:
-    """What every process but the first does: wait until the student is cut, and train along."""
-    while job.run.done("surgery") is None:  # the launcher ends us if the first process fails
+    """What every process but the first does: wait until the student is cut, and train along.
+
+    The launcher ends us if the first process fails. Raises UserError where its run folder never comes into sight.
+    """
+    started = time.monotonic()
+    while job.run.done("surgery") is None:
+        if not job.run.recipe.exists() and time.monotonic() - started > PATIENCE_SECONDS:
+            raise UserError(
+                f"no {job.run.folder} after {PATIENCE_SECONDS // 60} minutes; expected a run folder that all processes "
+                "see; put --out on a shared disk"
+            )
         time.sleep(0.5)
     if job.run.done("distill") is None:
         distill_student(job)
@@ -338,12 +369,13 @@ def evaluate(
     data: str | None = None,
     prompts: int | None = None,
     tokens: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     say: Say = _quiet,
 ) -> dict[str, Any]:
     """Judge one model (a run folder means its student) and return {"what", "against", "result"}.
 
-    A run folder brings its own teacher, data and settings. `suites` name skills or JSONL files; default all four.
+    A run folder brings its own teacher, data, settings and seed (else 0). `suites` name skills or JSONL files; default:
+    all four.
     Raises UserError for what cannot be found, loaded or asked.
     """
     from .checkpoint import resolve
@@ -359,6 +391,7 @@ def evaluate(
         recipe = recipes.build(recipes.load_values(str(Path(what) / "recipe.yaml")), origin=what)
         section = {"split": recipe.data.split, "fraction": recipe.data.heldout_fraction, "seed": recipe.seed}
         settings, context = recipe.evaluate, recipe.data.context
+        seed = recipe.seed if seed is None else seed
         against = against or recipe.teacher
         data = data or recipe.data.source
         what = str(_finished(Run(what)).student)
@@ -372,6 +405,7 @@ def evaluate(
         heldout = text_batches(data, runtime.tokenizer, **sizes, **section)
     else:
         say("no --data, so no perplexity and no agreement with the teacher; only skills are judged")
+    seed = seed or 0
     chosen = _suites(suites, runtime.tokenizer, prompts=prompts or settings.prompts, seed=seed)
     if not chosen and not heldout:
         raise UserError(f"{what} has no chat template and no --data was given; nothing to judge; give --data")
@@ -390,10 +424,8 @@ def evaluate(
 
 def package(run_folder: Path | str, *, push: str | None = None, say: Say = _quiet) -> dict[str, Any]:
     """Write a finished run's card and checksums again, and push its student if asked: {"folder", "files", "url"}."""
-    from .checkpoint import resolve
     from .package import CHECKSUMS, check_checksums
     from .package import push as upload
-    from .plan import hub_name
 
     run = _finished(Run(run_folder))
     recipe = recipes.build(recipes.load_values(str(run.recipe)), origin=str(run.recipe))
@@ -401,7 +433,7 @@ def package(run_folder: Path | str, *, push: str | None = None, say: Say = _quie
     if push and status != "ok":
         raise CheckFailed(f"{run.folder} ended {status}, so its student is not pushed; distill it to health first")
     with run.locked():
-        _ship(run, read_json(run.report), recipe, resolve(hub_name(recipe.teacher)))
+        _ship(run, read_json(run.report), recipe)
         files = check_checksums(run.student)
         say(f"{files} files in {run.student} match {CHECKSUMS}")
         url = upload(run.student, push) if push else None
@@ -431,17 +463,20 @@ def _checked(recipe: Recipe | dict[str, Any]) -> Recipe:
     return recipes.build(recipe)
 
 
-def _ship(run: Run, report: dict[str, Any], recipe: Recipe, teacher: Path) -> None:
+def _ship(run: Run, report: dict[str, Any], recipe: Recipe) -> None:
     """Write the student's card and checksums. The card may be published: paths on this machine become names."""
-    from .package import licence_of, write_card, write_checksums
+    from .package import write_card, write_checksums
+    from .plan import hub_name
 
     def named(value: str | None) -> str | None:
         return Path(value).name if value and Path(value).exists() else value
 
     data = recipe.data.model_copy(update={"source": named(recipe.data.source)})
     scores = recipe.importance.model_copy(update={"scores": named(recipe.importance.scores)})
-    public = recipe.model_copy(update={"teacher": named(recipe.teacher), "data": data, "importance": scores})
-    write_card(run.student, report=report, teacher=public.teacher, recipe=public.to_yaml(), licence=licence_of(teacher))
+    teacher = named(hub_name(recipe.teacher))
+    public = recipe.model_copy(update={"teacher": teacher, "data": data, "importance": scores})
+    licence = run.read_facts().get("licence")
+    write_card(run.student, report=report, teacher=public.teacher, recipe=public.to_yaml(), licence=licence)
     write_checksums(run.student)
 
 
@@ -454,6 +489,8 @@ def _open(run: Run, recipe: Recipe, teacher: Checkpoint) -> None:
     import torch
     import transformers
 
+    from .package import licence_of
+
     if run.recipe.exists():
         saved = recipes.build(recipes.load_values(str(run.recipe)), origin=str(run.recipe))
         if changed := recipes.differences(saved, recipe):
@@ -461,7 +498,11 @@ def _open(run: Run, recipe: Recipe, teacher: Checkpoint) -> None:
                 f"{run.folder} was started with another recipe, different in {', '.join(changed)}; expected the same "
                 "one to resume; choose another --out or undo the change"
             )
-        if run.read_facts()["fingerprints"]["teacher"] != teacher.fingerprint():
+        if "fingerprints" not in (facts := run.read_facts()):
+            raise UserError(
+                f"{run.facts} is gone, but {run.recipe} is not; expected both or none; choose another --out"
+            )
+        if facts["fingerprints"]["teacher"] != teacher.fingerprint():
             raise UserError(
                 f"{run.folder} was started with other weights of {recipe.teacher}; expected the same ones "
                 "to resume; choose another --out or put its files back"
@@ -472,7 +513,12 @@ def _open(run: Run, recipe: Recipe, teacher: Checkpoint) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    run.note(versions=versions, seeds={"seed": recipe.seed}, fingerprints={"teacher": teacher.fingerprint()})
+    run.note(
+        versions=versions,
+        seeds={"seed": recipe.seed},
+        fingerprints={"teacher": teacher.fingerprint()},
+        licence=licence_of(teacher.folder),
+    )
     write_text(run.recipe, recipe.to_yaml())  # last: a folder with a recipe has its facts
 
 
@@ -490,7 +536,7 @@ def _suites(names: list[str] | None, tokenizer: Any, *, prompts: int, seed: int)
     suites: dict[str, list[dict[str, Any]]] = {}
     for name in names or SKILLS:
         if name in SKILLS:
-            suites[name] = tasks.suite(name, prompts, seed=seed)
+            suites.setdefault(name, []).extend(tasks.suite(name, prompts, seed=seed))
             continue
         for task in read_suite(name):
             suites.setdefault(task["skill"], []).append(task)

@@ -54,7 +54,7 @@ class Plan:
 
     source: str
     target: str
-    tokens: int
+    recipe: Recipe  # with every number that follows from the models
     teacher: Shape
     student: Shape
     rate: Rate
@@ -75,7 +75,8 @@ class Plan:
             "target": self.target,
             "teacher": _describe(self.teacher),
             "student": _describe(self.student),
-            "tokens": {"distill": self.tokens},
+            "tokens": {"distill": self.recipe.distill.tokens},
+            "recipe": self.recipe.model_dump(mode="json"),
             "rate": asdict(self.rate) | {"utilisation": UTILISATION},
             "stages": [asdict(stage) for stage in self.stages],
             "memory_bytes": self.memory_bytes,
@@ -101,7 +102,7 @@ def plan(recipe: Recipe) -> Plan:
     return Plan(
         source=recipe.teacher,
         target=recipe.target,
-        tokens=recipe.distill.tokens,
+        recipe=recipe,
         teacher=teacher,
         student=student,
         rate=rate,
@@ -168,12 +169,13 @@ def measure_rate(*, precision: str = "auto", seconds: float = 0.5) -> Rate:
 def estimate(recipe: Any, *, teacher: Shape, student: Shape, rate: Rate) -> tuple[Stage, ...]:
     """The stages in order: teacher, importance, surgery, distill, evaluate. Pure; one device is assumed."""
     value = 2 if rate.precision == "bf16" else 4
+    held = 4 if rate.device.startswith("CPU") else value  # a teacher is float32 on a processor whatever the precision
     return (
-        _teacher(teacher, value),
-        _importance(recipe, teacher, student, rate, value),
+        _teacher(teacher, held),
+        _importance(recipe, teacher, student, rate, value, held),
         _surgery(teacher, student),
-        _distill(recipe, teacher, student, rate, value),
-        _evaluate(recipe, teacher, student, rate, value),
+        _distill(recipe, teacher, student, rate, value, held),
+        _evaluate(recipe, teacher, student, rate, held),
     )
 
 
@@ -213,19 +215,19 @@ def _forward_bytes(shape: Shape, *, tokens: int, value: int) -> int:
     return tokens * (8 * shape.hidden + value * widest)
 
 
-def _teacher(teacher: Shape, value: int) -> Stage:
+def _teacher(teacher: Shape, held: int) -> Stage:
     """Reading the weights once; a download, if there is one, is not counted."""
     stored = teacher.nbytes("bf16")
     return Stage(
         "teacher",
-        value * teacher.parameters,
+        held * teacher.parameters,
         0,
         stored / DISK_BYTES_PER_SECOND,
         "weights read once, 2 bytes each on disk; no download counted",
     )
 
 
-def _importance(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int) -> Stage:
+def _importance(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int, held: int) -> Stage:
     """Forward passes over the calibration samples; when layers go, once more per block that could be removed.
 
     First and last layers stay, so a block of n layers has (layers - n - 1) places; each is tried on
@@ -235,7 +237,7 @@ def _importance(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: 
     settings, context = recipe.importance, recipe.data.context
     flops = settings.samples * context * teacher.flops_per_token(context / 2)
     batch = settings.batch_size * context
-    memory = value * teacher.parameters + _forward_bytes(teacher, tokens=batch, value=value)
+    memory = held * teacher.parameters + _forward_bytes(teacher, tokens=batch, value=value)
     memory += 4 * (teacher.hidden + teacher.num_layers * (teacher.ffn + teacher.num_heads + 1))
     note = f"{settings.samples:,} samples of up to {context:,} tokens, forward only"
     if student.num_layers < teacher.num_layers and settings.depth == "perplexity":
@@ -248,22 +250,21 @@ def _importance(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: 
 
 
 def _surgery(teacher: Shape, student: Shape) -> Stage:
-    """Slicing holds the largest tensor twice (read, cut); the check then loads the student as stored."""
-    largest = max(teacher.vocab * teacher.hidden, teacher.hidden * max(teacher.ffn, teacher.size("heads")))
+    """Slicing holds a few chunks of 2 MiB; the check then loads the student as stored."""
     moved = teacher.nbytes("bf16") + 2 * student.nbytes("bf16")
     return Stage(
         "surgery",
-        max(2 * 2 * largest, student.nbytes("bf16")),
+        student.nbytes("bf16"),
         0,
         moved / DISK_BYTES_PER_SECOND,
-        f"slicing alone {size(2 * 2 * largest)}; then the student is loaded for a check",
+        "slicing itself holds a few MiB; then the student is loaded for a check",
     )
 
 
-def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int) -> Stage:
+def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int, held: int) -> Stage:
     """The teacher frozen beside the student in training, and held-out loss at every evaluation.
 
-    Memory: teacher weights at the computing precision; 16 bytes per student weight (fp32 weight, gradient and
+    Memory: teacher weights as they are held; 16 bytes per student weight (fp32 weight, gradient and
     the two moments of AdamW) and 2 more for the bf16 copy under autocast; activations of one micro-batch; and
     the larger of the teacher's forward pass and the fused loss, which holds `chunk_tokens` rows of logits of
     both models and their gradients in fp32 (four tensors of rows x vocab), a gradient of lm_head, and final
@@ -286,10 +287,10 @@ def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int
     passing = max(loss, _forward_bytes(teacher, tokens=micro, value=value))
     note = (
         f"{settings.tokens:,} tokens in {steps:,} steps, {per_token:,} FLOPs per token; teacher "
-        f"{size(value * teacher.parameters)}, student with AdamW {size(states)}, "
+        f"{size(held * teacher.parameters)}, student with AdamW {size(states)}, "
         f"activations {size(kept)}"
     )
-    memory = value * teacher.parameters + states + kept + passing
+    memory = held * teacher.parameters + states + kept + passing
     return Stage("distill", memory, flops, _compute_seconds(flops, rate), note)
 
 
@@ -338,8 +339,10 @@ def _describe(shape: Shape) -> dict[str, Any]:
 
 
 def render(plan: Plan, console: Console) -> None:
-    """Print the plan as two tables and the assumptions behind them."""
+    """Print the plan as three tables and the assumptions behind them."""
     from rich.table import Table
+
+    from .recipe import derived
 
     teacher, student = plan.teacher, plan.student
     shapes = Table(title=f"{plan.source} to {plan.target}", title_justify="left")
@@ -380,6 +383,12 @@ def render(plan: Plan, console: Console) -> None:
     total = sum(stage.flops for stage in plan.stages)
     stages.add_row("in all", size(plan.memory_bytes), f"{total:.3g}", duration(plan.seconds), "largest; sums")
     console.print(stages)
+    settings = Table(title="settings, each to be changed with --set", title_justify="left")
+    settings.add_column("key", no_wrap=True)
+    settings.add_column("value", justify="right", no_wrap=True)
+    for key, value in derived(plan.recipe).items():
+        settings.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:g}")
+    console.print(settings)
     rate = plan.rate
     console.print(
         f"Time: {rate.flops_per_second:.3g} FLOP/s in {rate.precision} matmuls, measured now on "

@@ -209,6 +209,16 @@ def _numbers(value: Any) -> Any:
     return value
 
 
+DERIVED = (
+    ("data", "context"),
+    ("importance", "batch_size"),
+    *(
+        ("distill", key)
+        for key in ("tokens", "batch", "micro_batch", "lr", "min_lr", "warmup_steps", "eval_every", "save_every")
+    ),
+)
+
+
 def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: int, processes: int = 1) -> Recipe:
     """Fill every number that was not set by hand with one that fits the models; what was set stays.
 
@@ -217,6 +227,11 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     processes. lr: 1e-4 at hidden 4096, inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most.
     """
     context = _chosen(recipe.data, "context", min(4096, max_positions))
+    if context > max_positions:
+        raise UserError(
+            f"data.context is {context}, but the teacher knows {max_positions} positions; "
+            "expected no more; lower data.context"
+        )
     tokens = _chosen(recipe.distill, "tokens", max(1_000_000, student.parameters // 2))
     rows = min(768, max(8, round(tokens / context / 400)))
     batch = _chosen(recipe.distill, "batch", -(-rows // processes) * processes)
@@ -231,7 +246,7 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
         "micro_batch": micro_batch,
         "lr": lr,
         "min_lr": lr / 10,
-        "warmup_steps": min(40, max(1, steps // 10)),
+        "warmup_steps": min(40, steps // 10),
         "eval_every": max(1, min(500, steps // 10)),
         "save_every": max(1, min(500, steps // 10)),
     }
@@ -242,6 +257,11 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
             "distill": _filled(recipe.distill, distill),
         }
     )
+
+
+def derived(recipe: Recipe) -> dict[str, int | float]:
+    """The numbers that `resolve` fills, by their dotted keys."""
+    return {f"{section}.{key}": getattr(getattr(recipe, section), key) for section, key in DERIVED}
 
 
 def _chosen(section: Section, key: str, derived: Any) -> Any:

@@ -24,8 +24,8 @@ class Scores:
     """Importance per axis, as float32 on the CPU; higher is more important.
 
     hidden (H,), ffn (L, F), heads (L, num_heads), layers (L,) block influence of each layer; blocks: size n
-    -> (L - n + 1,) block influence of layers i..i+n-1; removal: (first, stop) -> held-out loss in nats per
-    token without layers first..stop-1. `about` holds how they were made: fingerprints of teacher and
+    -> (L - n + 1,) block influence of layers i..i+n-1; removal: (first, stop) -> loss on the calibration rows
+    in nats per token without layers first..stop-1. `about` holds how they were made: fingerprints of teacher and
     calibration tokens, aggregations, rows, tokens.
     """
 

@@ -9,6 +9,8 @@ import pytest
 from compressor import recipe as recipes
 from compressor.checkpoint import DEMO_FOLDER, load_tokenizer
 from compressor.demo import tasks
+from compressor.demo.tasks.rag import TOLD
+from compressor.demo.tasks.tools import DECLINE, SERVED
 from compressor.errors import UserError
 from compressor.evaluate.run_skills import run
 from compressor.evaluate.skills import SKILLS, failures, parse_calls, validate
@@ -68,7 +70,7 @@ def test_a_split_has_the_share_that_it_says(split):
 
 
 def test_no_constant_answer_goes_far():
-    constants = ["I do not know.", tasks.DECLINE, "[1]", "", "The passages do not tell. [1] [2]", "true", "- a"]
+    constants = ["I do not know.", DECLINE, "[1]", "", "The passages do not tell. [1] [2]", "true", "- a"]
     for skill in SKILLS:
         suite = tasks.suite(skill, 400)
         for answer in constants:
@@ -78,9 +80,9 @@ def test_no_constant_answer_goes_far():
 @pytest.mark.parametrize("split", tasks.SPLITS)
 def test_every_split_refuses_as_often_as_it_says(split):
     told = [not task["check"]["refuses"] for task in sample(split, 8, 1200, mix={"rag": 1})]
-    assert sum(told) / len(told) == pytest.approx(tasks.TOLD, abs=0.06)
+    assert sum(told) / len(told) == pytest.approx(TOLD, abs=0.06)
     served = [task["check"]["calls"] != [] for task in sample(split, 8, 1200, mix={"tools": 1})]
-    assert sum(served) / len(served) == pytest.approx(tasks.SERVED, abs=0.06)
+    assert sum(served) / len(served) == pytest.approx(SERVED, abs=0.06)
 
 
 def test_a_suite_that_asks_for_too_much_is_told_so():
@@ -117,6 +119,11 @@ def test_the_recorded_scores_are_those_of_the_weights_that_ship():
     for skill in SKILLS:  # both are samples of the same share: three standard errors of 50
         error = (recorded[skill] * (1 - recorded[skill]) / 50) ** 0.5
         assert found[skill]["score"] == pytest.approx(recorded[skill], abs=3 * max(error, 0.03)), skill
+
+
+def test_the_teacher_has_learned_every_skill():
+    recorded = json.loads((DEMO_FOLDER / "training.json").read_text())["exact"]
+    assert all(recorded[skill] >= 0.95 for skill in SKILLS), recorded
 
 
 def test_the_readme_gives_the_teachers_recorded_scores():

@@ -114,6 +114,8 @@ def closure(requirements: list[str]) -> set[str]:
         found.add(key)
         for text in distribution(name).requires or []:
             needed = Requirement(text)
+            if needed.name.startswith(("nvidia", "cuda", "triton")):
+                continue  # a CUDA build of torch brings its own, of one exact version each
             if not needed.marker or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
                 needed.marker = None
                 waiting.append(needed)

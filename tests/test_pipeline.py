@@ -15,6 +15,7 @@ import pytest
 import torch
 from models import save_tiny
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import compressor
 from compressor.errors import CheckFailed, UserError
@@ -60,7 +61,7 @@ def recipe(world: Path, target: str = "ffn=48,hidden=36", **changes) -> dict:
     for section, keys in changes.items():
         values[section] |= keys
     values["data"]["source"] = str(world / "data.jsonl")
-    return values | {"teacher": str(world / "teacher"), "target": target}
+    return values | {"teacher": str(world / "teacher"), "target": target, "seed": 1}
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,18 @@ def test_scores_are_reused_for_another_size_but_not_for_another_teacher(world, f
     values = recipe(world, "ffn=32", importance=scores) | {"teacher": str(tmp_path / "other")}
     with pytest.raises(UserError, match="another teacher"):
         compressor.distill(values, out=tmp_path / "run2")
+
+
+def test_reused_scores_do_not_decide_by_what_the_recipe_did_not_ask_for(world, tmp_path):
+    """Scores with losses on removal, reused for block influence: as if they were measured for it."""
+    values = recipe(world, "layers=2", importance={"depth": "perplexity"})
+    compressor.distill(values, out=tmp_path / "losses")
+    influence = {"depth": "block_influence"}
+    compressor.distill(recipe(world, "layers=2", importance=influence), out=tmp_path / "influence")
+    reused = influence | {"scores": str(tmp_path / "losses" / "scores.safetensors")}
+    compressor.distill(recipe(world, "layers=2", importance=reused), out=tmp_path / "reused")
+    found, expected = (Scores.load(tmp_path / name / "scores.safetensors") for name in ("reused", "influence"))
+    assert found.removal == expected.removal == {}
 
 
 @pytest.mark.parametrize("depth", ["perplexity", "block_influence"])
@@ -279,8 +292,9 @@ def test_empty_data_is_one_line(world, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     values = recipe(world)
     values["data"]["source"] = str(tmp_path / "empty.jsonl")
-    with pytest.raises(UserError, match=r"empty.jsonl|data"):
+    with pytest.raises(UserError, match=r"empty\.jsonl.*held out") as caught:
         compressor.distill(values, out=tmp_path / "run")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_mistake_that_is_found_at_once_does_not_bind_the_folder(world, tmp_path):
@@ -365,6 +379,34 @@ def test_evaluating_a_run_repeats_its_own_judgement(finished):
     for key in ("perplexity", "bits_per_byte", "agreement"):
         assert found[key] == pytest.approx(report["student"][key])
     assert found["skills"] == report["student"]["skills"]
+    assert [s["prompt"] for s in found["samples"]] == [s["prompt"] for s in report["samples"]]  # the run's own seed
+
+
+def test_suites_of_one_skill_add_up_in_any_order(finished, tmp_path):
+    folder, _, _ = finished
+    task = {"skill": "rag", "messages": [{"role": "user", "content": "?"}], "check": {"cites": [1]}, "tools": None}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(task) + "\n")
+    for suites in (["rag", str(tmp_path / "mine.jsonl")], [str(tmp_path / "mine.jsonl"), "rag"]):
+        found = compressor.evaluate(str(folder), suites=suites)["result"]
+        assert found["skills"]["rag"]["n"] == SMALL["evaluate"]["prompts"] + 1
+
+
+def test_a_lost_run_json_is_one_line(world, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(UserError, match=r"run\.json is gone"):
+        compressor.distill(recipe(world), out=tmp_path / "run")
+
+
+def test_data_with_ids_that_the_teacher_does_not_know_are_told_before_anything_is_computed(world, tmp_path):
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    tokenizer.add_tokens(["lamp"])
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    values = recipe(world) | {"teacher": str(tmp_path / "teacher")}
+    with pytest.raises(UserError, match="but the teacher knows"):
+        compressor.distill(values, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
 def test_other_weights_under_the_same_name_do_not_resume(world, finished, tmp_path):
@@ -377,8 +419,9 @@ def test_other_weights_under_the_same_name_do_not_resume(world, finished, tmp_pa
         compressor.distill(values, out=tmp_path / "run")
 
 
-def test_package_writes_card_and_checksums_again(finished):
+def test_package_writes_card_and_checksums_again(finished, monkeypatch):
     folder, _, _ = finished
+    monkeypatch.setattr("compressor.checkpoint.resolve", None)  # the teacher may be gone by now
     (folder / "student" / "README.md").write_text("changed")
     result = compressor.package(folder)
     assert result["url"] is None

@@ -184,10 +184,7 @@ def test_memory_follows_the_recipe():
     half = planning.Rate(device="test", precision="bf16", flops_per_second=1e12, bytes_per_second=1e10)
     assert stages(teacher, student, rate=half)["teacher"].memory_bytes == 2 * teacher.parameters
     assert f"student with AdamW {size(16 * student.parameters)}" in usual["distill"].note
-    assert (
-        f"student with AdamW {size(18 * student.parameters)}"
-        in stages(teacher, student, rate=half)["distill"].note
-    )
+    assert f"student with AdamW {size(18 * student.parameters)}" in stages(teacher, student, rate=half)["distill"].note
     assert usual["surgery"].memory_bytes == 2 * student.parameters
 
 

@@ -146,3 +146,19 @@ def test_any_resolved_recipe_can_run(hidden, layers, positions, rows):
     assert rows % chosen.micro_batch == 0
     assert 0 < chosen.min_lr < chosen.lr <= 2e-3
     assert chosen.eval_every >= 1
+    assert chosen.warmup_steps < max(1, chosen.tokens // (rows * min(4096, positions))) or chosen.warmup_steps == 0
+
+
+def test_what_resolve_fills_is_what_plan_shows():
+    shape = Shape("llama", 4, 256, 1024, 8, 8, 64, 32000, False)
+    recipe = recipes.build({"target": "50%"})
+    resolved = recipes.resolve(recipe, teacher=shape, student=shape, max_positions=512)
+    assert set(recipes.differences(recipe, resolved)) <= set(recipes.derived(resolved))
+    assert recipes.derived(resolved)["data.context"] == 512
+
+
+def test_a_context_beyond_the_teachers_positions_is_refused():
+    shape = Shape("llama", 4, 256, 1024, 8, 8, 64, 32000, False)
+    recipe = recipes.build({"target": "50%", "data": {"context": 1024}})
+    with pytest.raises(UserError, match=r"data\.context is 1024, but the teacher knows 512 positions"):
+        recipes.resolve(recipe, teacher=shape, student=shape, max_positions=512)

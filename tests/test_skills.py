@@ -6,7 +6,12 @@ from compressor.errors import UserError
 from compressor.evaluate.skills import CHECKS, failures, parse_calls, passes, validate
 
 RIGHT_AND_WRONG = {
-    "case": [("upper", "A LAMP!", "A Lamp!"), ("lower", "a lamp", "a Lamp"), ("title", "A Lamp", "A lamp")],
+    "case": [
+        ("upper", "A LAMP!", "A Lamp!"),
+        ("lower", "a lamp", "a Lamp"),
+        ("title", "A Lamp", "A lamp"),
+        ("title", "Lamp", ""),
+    ],
     "list": [
         ({"items": ["lamp", "river"], "layout": "numbered"}, "1. lamp\n2. river", "1. lamp\n3. river"),
         ({"items": ["lamp", "river"], "layout": "bullets"}, "- Lamp\n* river", "lamp\nriver"),
@@ -22,8 +27,12 @@ RIGHT_AND_WRONG = {
         ({"word": "key", "times": 2}, "Key key", "key key key"),
         ({"word": "key", "times": 2}, "key, key", "key lamp"),
     ],
-    "starts_with": [("Ahoy", "ahoy, I am Mara.", "I say ahoy")],
-    "ends_with": [("so it goes", "I am Mara, so it goes!", "so it goes, I am Mara")],
+    "starts_with": [("Ahoy", "ahoy, I am Mara.", "I say ahoy"), ("Here", "Here it is.", "Hereby it is.")],
+    "ends_with": [
+        ("so it goes", "I am Mara, so it goes!", "so it goes, I am Mara"),
+        ("hat", "I see the hat.", "I see that."),
+        ("hat", "hat", ""),
+    ],
     "ends_mark": [("!", "Yes! ", "Yes.")],
     "contains": [
         (["Oslo"], "I live in OSLO.", "I live in Osloer"),
@@ -50,7 +59,7 @@ RIGHT_AND_WRONG = {
         ([], "None of the functions can do that.", '{"name": "f", "arguments": {}}'),
         (
             [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}],
-            '[{"name": "g", "arguments": {}}, {"name": "f", "arguments": {}}]',
+            '[\n  {"name": "g", "arguments": {}},\n  {"name": "f", "arguments": {}}\n]',
             '{"name": "f", "arguments": {}}',
         ),
     ],
@@ -107,6 +116,7 @@ def test_calls_are_read_or_called_malformed(answer, calls):
         {"skill": "rag", "messages": [{"role": "user"}], "check": {"case": "upper"}},
         {"skill": "rag", "messages": [{"role": "user", "content": "?"}], "check": {}},
         {"skill": "rag", "messages": [{"role": "user", "content": "?"}], "check": {"sings": True}},
+        {"skill": "rag", "messages": [{"role": "user", "content": "?"}], "check": {"cites": [1]}, "tools": ["f"]},
     ],
 )
 def test_a_task_that_cannot_be_checked_is_refused(task):

@@ -1,7 +1,6 @@
 """Surgery on tiny real models of every family: what it keeps, it keeps to the bit."""
 
 import json
-import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint import DEMO_FOLDER, Checkpoint
 from compressor.errors import CheckFailed, UserError
 from compressor.scores import Scores
 from compressor.shape import Shape
@@ -434,12 +433,9 @@ def test_verify_fails_on_missing_keys_and_on_infinite_logits(tmp_path: Path) -> 
         verify(folder, shape)
 
 
-def test_real_checkpoint(tmp_path: Path) -> None:
-    """A published model (260k parameters, tied, GQA) cut in width; and by keep-all, to the bit."""
-    assets = os.environ.get("COMPRESSOR_ASSETS")
-    if not assets:
-        pytest.skip("COMPRESSOR_ASSETS is not set: no real checkpoint to test on")
-    folder = Path(assets) / "stories260k"
+def test_a_trained_checkpoint(tmp_path: Path) -> None:
+    """The embedded teacher (tied, GQA) cut in every axis; and by keep-all, to the bit."""
+    folder = DEMO_FOLDER
     source = Checkpoint(folder)
     keep_all(folder, tmp_path / "same")
     verify(tmp_path / "same", source.shape)

@@ -48,7 +48,7 @@ class Stored(NamedTuple):
     nbytes: int
 
 
-def resolve(source: str, *, revision: str | None = None) -> Path:
+def resolve(source: str) -> Path:
     """The local folder of a checkpoint: `demo` (embedded), a folder, or a Hub id (safetensors are fetched).
 
     Raises UserError when nothing is found, when the Hub cannot be reached, or when only .bin weights exist.
@@ -59,9 +59,7 @@ def resolve(source: str, *, revision: str | None = None) -> Path:
 
         with _hub(source) as cached:
             patterns = list(HUB_PATTERNS)
-            folder = Path(
-                snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=cached)
-            )
+            folder = Path(snapshot_download(source, allow_patterns=patterns, local_files_only=cached))
     weight_files(folder)
     return folder
 
@@ -98,12 +96,16 @@ def _local(source: str) -> Path | None:
 @contextmanager
 def _hub(source: str) -> Iterator[bool]:
     """Whether to look in the cache alone; and everything that can go wrong (unknown, gated, offline), as one line."""
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage] - httpx or httpx2
+    )
 
     unreachable = _hub_is_unreachable()
     try:
         yield unreachable
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
+    except (OSError, EntryNotFoundError, HFValidationError, HTTPError) as error:
         why = f"{type(error).__name__}: {_first_line(error)}"
         if unreachable and not isinstance(error, HFValidationError):
             why = "no network, and not in the cache"

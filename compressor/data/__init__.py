@@ -16,7 +16,7 @@ from .blocks import (
     shuffled,
     text_batches,
 )
-from .encoding import Example, check_same_tokens, encode
+from .encoding import Example, check_same_tokens, encode, num_ids
 from .sources import DEFAULT_DATA, heldout, records
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "heldout_batches",
     "heldout_rows",
     "hidden_states",
+    "num_ids",
     "position_ids",
     "real_tokens",
     "records",

@@ -239,9 +239,13 @@ def text_batches(
     """
     counts = Counts()
     stream = records(source, part="heldout", split=split, fraction=fraction, seed=seed)
-    seen = list(islice(stream, 1000))
+    seen = []
+    for record in islice(stream, 1000):
+        seen.append(record)
+        if "text" in record:
+            break
     every: Iterable[Record] = chain(seen, stream)
-    if any("text" in record for record in seen):
+    if seen and "text" in seen[-1]:
         every = (record for record in every if "text" in record)
     rows, found = [], 0
     for row in _rows(every, tokenizer, context=context, counts=counts, count_bytes=True):

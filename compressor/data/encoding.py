@@ -57,7 +57,7 @@ def encode(record: dict[str, Any], tokenizer: Any, *, count_bytes: bool = False)
     prompt, completion = record["prompt"], record["completion"]
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return _chat(messages, None, tokenizer, count_bytes=count_bytes)
+        return _chat(messages, record.get("tools"), tokenizer, count_bytes=count_bytes)
     example = _plain(prompt + completion, tokenizer, start=len(prompt), count_bytes=count_bytes)
     eos = tokenizer.eos_token_id
     if eos is None or example.ids[-1:] == [eos]:
@@ -189,6 +189,11 @@ def _bytes(text: str, ids: list[int], offsets: list[tuple[int, int]], tokenizer:
         reached = max(reached, end)
         counts.append(0 if token in special else len(new.encode("utf-8", "surrogatepass")))
     return counts
+
+
+def num_ids(tokenizer: Any) -> int:
+    """One more than the largest token id; there can be gaps, so `len` will not do."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def check_same_tokens(teacher: Any, student: Any) -> None:

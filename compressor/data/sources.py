@@ -206,7 +206,8 @@ def _checked(raw: Any, place: str) -> Record | None:
     if "prompt" in raw and "completion" in raw:
         prompt, completion = raw["prompt"], raw["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
-            return {"prompt": prompt, "completion": completion}
+            tools = _tools(raw.get("tools"), place)
+            return {"prompt": prompt, "completion": completion} | ({"tools": tools} if tools else {})
         if isinstance(prompt, list) and isinstance(completion, list):
             joined = {"messages": prompt + completion, "tools": raw.get("tools")}
             return _checked(joined, place)

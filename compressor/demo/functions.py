@@ -16,13 +16,12 @@ class Function:
 
     names: list[str]
     descriptions: list[str]
-    parameters: dict[str, list[str]]  # slot -> synonyms
     slots: dict[str, Callable[[Random], Any]]  # slot -> draws a value
     requests: list[str]
 
     def schema(self, name: str, names: dict[str, str], rng: Random) -> dict[str, Any]:
         """The JSON schema offered to the model, in the form of OpenAI and Hugging Face chat templates."""
-        properties = {names[slot]: {"type": TYPES.get(slot, "string")} for slot in self.parameters}
+        properties = {names[slot]: {"type": TYPES.get(slot, "string")} for slot in self.slots}
         return {
             "type": "function",
             "function": {
@@ -49,7 +48,7 @@ _DRAW: dict[str, Callable[[Random], Any]] = {
     "count": lambda rng: rng.randint(2, 9),
     "hour": lambda rng: rng.randint(1, 12),
 }
-_SYNONYMS = {
+SYNONYMS = {
     "town": ["city", "town", "place"],
     "person": ["person", "name", "contact"],
     "thing": ["item", "object", "thing"],
@@ -64,8 +63,7 @@ _SYNONYMS = {
 
 
 def _function(names: str, slots: str, descriptions: list[str], requests: list[str]) -> Function:
-    used = slots.split()
-    return Function(names.split(), descriptions, {s: _SYNONYMS[s] for s in used}, {s: _DRAW[s] for s in used}, requests)
+    return Function(names.split(), descriptions, {slot: _DRAW[slot] for slot in slots.split()}, requests)
 
 
 FUNCTIONS = [

@@ -12,7 +12,7 @@ NOUNS = (
     "orange puzzle rocket umbrella village anchor engine hat jacket key nest"
 ).split()
 ADJECTIVES = "old bright quiet heavy small round warm cold clean strange broken narrow plain golden deep tall".split()
-ANIMALS = "cat dog goat horse rabbit parrot turtle mouse owl goose sheep fox".split()
+ANIMALS = "cat dog goat horse rabbit parrot turtle mouse hen goose sheep fox".split()
 FOODS = "soup bread cheese apples honey rice fish plums beans carrots cake nuts".split()
 JOBS = "baker sailor teacher farmer painter doctor miller singer pilot tailor cook writer".split()
 INSTRUMENTS = "piano violin flute guitar trumpet cello harp organ".split()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .skills import passes, validate
+from .skills import function_of, passes, validate
 
 if TYPE_CHECKING:
     from ..runtime import Runtime
@@ -59,7 +59,7 @@ def run(
 
 def shown(task: dict[str, Any]) -> str:
     """A task as text to read beside its answers: the functions on offer, then who said what."""
-    functions = [tool["function"] for tool in task.get("tools", [])]
+    functions = [function_of(tool) for tool in task.get("tools") or []]
     lines = [f"{f['name']}({', '.join(f.get('parameters', {}).get('properties', {}))})" for f in functions]
     lines += [f"{message['role']}: {message['content']}" for message in task["messages"]]
     return "\n".join(lines)
@@ -91,7 +91,7 @@ def read_suite(path: Path | str) -> list[dict[str, Any]]:
     expected = 'expected {"skill": ..., "messages": [...], "check": {...}}'
     tasks = []
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut inside strings
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the suite {path}: {error}; {expected}, one task per line") from error
     for number, line in enumerate(lines, start=1):

@@ -23,7 +23,6 @@ REFUSAL = re.compile(
 )
 _CALL_TAG = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _CITATION = re.compile(r"\[(\d+)\]")
-_EDGE = " \t\n.!?,;:\"'"
 
 
 def words(text: str) -> list[str]:
@@ -41,7 +40,8 @@ def _has_case(text: str, case: str) -> bool:
         return bool(letters) and letters == letters.upper()
     if case == "lower":
         return bool(letters) and letters == letters.lower()
-    return all(word[0].isupper() and word[1:] == word[1:].lower() for word in words(text) if word[0].isalpha())
+    spoken = [word for word in words(text) if word[0].isalpha()]
+    return bool(spoken) and all(word[0].isupper() and word[1:] == word[1:].lower() for word in spoken)
 
 
 def list_items(text: str, layout: str) -> list[str] | None:
@@ -62,7 +62,7 @@ def list_items(text: str, layout: str) -> list[str] | None:
                 return None
             items.append(match.group(1))
         return items
-    separator = {"commas": ",", "hyphens": "-", "spaces": None}[layout]
+    separator = {"commas": ",", "hyphens": "-"}[layout]
     return [item.strip() for item in text.rstrip(".").split(separator)]
 
 
@@ -89,6 +89,20 @@ def _contains(answer: str, values: list[str]) -> bool:
     return all(" " + " ".join(words(value)).lower() + " " in spoken for value in values)
 
 
+def _spoken(text: str) -> list[str]:
+    return [word.lower() for word in words(text)]
+
+
+def _starts_with(answer: str, value: str) -> bool:
+    wanted = _spoken(value)
+    return _spoken(answer)[: len(wanted)] == wanted
+
+
+def _ends_with(answer: str, value: str) -> bool:
+    wanted, spoken = _spoken(value), _spoken(answer)
+    return spoken[max(0, len(spoken) - len(wanted)) :] == wanted
+
+
 def _excludes(answer: str, values: list[str]) -> bool:
     spoken = words(answer)
     return not any(value in spoken for value in values)
@@ -107,7 +121,7 @@ def parse_calls(answer: str) -> list[dict[str, Any]] | None:
     bare = answer.strip()
     if not tagged and "<tool_call>" in answer:
         return None
-    if not tagged and not bare.startswith(("{", "[{")):
+    if not tagged and not re.match(r"\[?\s*\{", bare):
         return []
     calls: list[dict[str, Any]] = []
     for body in tagged or [bare]:
@@ -143,8 +157,8 @@ CHECKS: dict[str, Callable[[str, Any], bool]] = {
     "word_count": lambda answer, value: len(words(answer)) == value,
     "max_words": lambda answer, value: len(words(answer)) <= value,
     "repeat": lambda answer, value: [w.lower() for w in words(answer)] == [value["word"].lower()] * value["times"],
-    "starts_with": lambda answer, value: answer.strip(_EDGE).lower().startswith(value.lower()),
-    "ends_with": lambda answer, value: answer.strip(_EDGE).lower().endswith(value.lower()),
+    "starts_with": _starts_with,
+    "ends_with": _ends_with,
     "ends_mark": lambda answer, value: answer.strip().endswith(value),
     "contains": _contains,
     "excludes": _excludes,
@@ -152,6 +166,12 @@ CHECKS: dict[str, Callable[[str, Any], bool]] = {
     "refuses": lambda answer, value: bool(REFUSAL.search(answer)) is value,
     "calls": _calls,
 }
+
+
+def function_of(tool: dict[str, Any]) -> dict[str, Any]:
+    """The function that a schema describes, with or without its {"type": "function"} wrapping."""
+    function = tool.get("function", tool)
+    return function if isinstance(function, dict) else {}
 
 
 def validate(task: Any) -> None:
@@ -165,6 +185,10 @@ def validate(task: Any) -> None:
         or not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
     ):
         raise UserError('a task needs "messages": a list of {"role", "content"} objects')
+    tools = task.get("tools")
+    named = [isinstance(t, dict) and isinstance(function_of(t).get("name"), str) for t in tools or []]
+    if not isinstance(tools, list | None) or not all(named):
+        raise UserError('"tools" of a task needs a list of function schemas, each with its "name"; or leave it out')
     check = task.get("check")
     unknown = sorted(set(check) - set(CHECKS)) if isinstance(check, dict) else None
     if not check or unknown is None or unknown:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..data import IGNORED, check_same_tokens
+from ..data import IGNORED, check_same_tokens, num_ids, position_ids
 from ..runtime import Runtime, TorchRuntime
 
 
@@ -30,7 +30,7 @@ def measure(
     Values are None where there is nothing to measure (no batches, no byte counts, no `against`).
     Raises UserError when `against` does not share token ids.
     """
-    vocab = len(runtime.tokenizer)
+    vocab = num_ids(runtime.tokenizer)
     if against is not None:
         check_same_tokens(against.tokenizer, runtime.tokenizer)
     nats = kl = 0.0
@@ -80,7 +80,7 @@ def pick(
     A Runtime that only has `logits` sees each document of a packed row by itself, one row at a time.
     """
     if isinstance(runtime, TorchRuntime):
-        yield from runtime.picked_logits(batch["input_ids"], batch["position_ids"], picked_BT, chunk=chunk)
+        yield from runtime.picked_logits(batch["input_ids"], position_ids(batch), picked_BT, chunk=chunk)
         return
     for ids_T, positions_T, mask_T, picked_T in zip(
         batch["input_ids"], batch["position_ids"], batch["attention_mask"], picked_BT, strict=True

@@ -171,8 +171,7 @@ def _strip(ids: Any, size: int, bins: int) -> list[float]:
     return [round(k / h, 3) for k, h in zip(kept, have, strict=True)]
 
 
-# --- the words both pages use
-# ---------------------------------------------------------------------------------------
+# --- the words both pages use -----------------------------------------------------------------------------------------
 
 
 def percent(value: float | None, digits: int = 1) -> str:

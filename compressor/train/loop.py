@@ -40,6 +40,16 @@ class TrainResult:
     seconds: float  # of all sessions
     history: list[dict[str, float]]  # the lines of metrics.jsonl
 
+    def describe(self) -> str:
+        """One line for a summary or an error."""
+        kept = f"kept {self.best_folder} (held-out loss {self.best_heldout:.4f})"
+        if self.status == "not_finite":
+            return f"loss not finite after {self.steps} steps; expected a finite one; {kept}; lower distill.lr"
+        change = f"held-out loss {self.first_heldout:.4f} -> {self.last_heldout:.4f} in {self.steps} steps"
+        if self.status == "worse":
+            return f"{change}: worse than before distillation; {kept}; lower distill.lr or raise distill.tokens"
+        return f"{change}; {kept}"
+
 
 def train(
     model: nn.Module,
