@@ -194,7 +194,7 @@ def distill_student(job: Job) -> str:
         metrics=job.run.metrics,
     )
     if RANK == 0:
-        _write_student(job, result.best_folder)
+        _write_student(job, result.best_folder or job.run.pruned)
     # the training time of all sessions, where a kill came between
     seconds = {"seconds": round(result.seconds, 2)}
     job.facts = {"status": result.status, "summary": result.describe(), "tokens": result.tokens} | seconds

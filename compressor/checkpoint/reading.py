@@ -58,7 +58,7 @@ def resolve(source: str) -> Path:
         from huggingface_hub import snapshot_download
 
         with _hub(source) as cached:
-            patterns = list(HUB_PATTERNS)
+            patterns: list[str] = list(HUB_PATTERNS)
             folder = Path(snapshot_download(source, allow_patterns=patterns, local_files_only=cached))
     weight_files(folder)
     return folder
