@@ -14,6 +14,7 @@ help:
 
 # The pip that comes with venv may not know dependency groups; the constraints pin everything.
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV), a minute or two"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev

@@ -43,14 +43,15 @@ ARMS = (
 
 
 def scores_of(model: Any, source: Checkpoint, tokenizer: Any, recipe: recipes.Recipe, removed: int) -> Scores:
-    """The pipeline's own scores: one pass for the widths, perplexity on removal for the depth."""
+    """The pipeline's own scores: one pass for the widths, and for the depth what the recipe judges blocks by."""
 
     def rows(samples: int) -> Any:
         stream = shuffled(records(str(recipe.data.source), fraction=recipe.data.heldout_fraction), seed=recipe.seed)
         return calibration_batches(stream, tokenizer, samples=samples, context=recipe.data.context, batch_size=16)
 
-    scores = importance.measure(model, rows(recipe.importance.samples))
-    if removed:
+    sizes = (removed,) if removed and recipe.importance.depth == "block_influence" else ()
+    scores = importance.measure(model, rows(recipe.importance.samples), block_sizes=sizes)
+    if removed and recipe.importance.depth == "perplexity":
         blocks = importance.candidate_blocks(source.shape.num_layers, removed)
         scores.removal = importance.removal_loss(model, rows(recipe.importance.depth_samples), blocks)
     return scores
@@ -65,8 +66,10 @@ def random_cut(teacher: Shape, student: Shape, seed: int) -> surgery.Kept:
     return replace(kept, layers=tuple(layers))
 
 
-def compare(source: Checkpoint, *, target: str, data: str, tokens: int, seeds: list[int], work: Path) -> dict[str, Any]:
-    """Train every arm from every seed and return held-out cross-entropy before and after, and along the way."""
+def compare(
+    source: Checkpoint, *, target: str, data: str, tokens: int, seeds: list[int], arms: list[str], work: Path
+) -> dict[str, Any]:
+    """Train each of `arms` from every seed and return held-out cross-entropy before and after, and along the way."""
     shape = choose(parse_target(target), source.shape)
     values = {"teacher": str(source.folder), "target": target, "data": {"source": data, "context": 256}}
     values |= {"distill": {"tokens": tokens, "batch": 16, "micro_batch": 16}}
@@ -78,8 +81,8 @@ def compare(source: Checkpoint, *, target: str, data: str, tokens: int, seeds: l
         sums = [distillation_loss(model, settings=recipe.distill)(model, batch).parts["ce"].item() for batch in heldout]
     teacher_ce = sum(sums) / sum(int(targets(batch).sum()) for batch in heldout)
     scores = scores_of(model, source, tokenizer, recipe, source.shape.num_layers - shape.num_layers)
-    arms: dict[str, list[dict[str, Any]]] = {}
-    for arm in ARMS:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for arm in arms:
         for seed in seeds:
             folder = work / f"{target}-{arm}-{seed}"
             kept = surgery.select(scores, source.shape, shape)
@@ -102,14 +105,14 @@ def compare(source: Checkpoint, *, target: str, data: str, tokens: int, seeds: l
                 seed=seed,
             )
             curve = {line["tokens"]: line["heldout_ce"] for line in result.history if "heldout_ce" in line}
-            arms.setdefault(arm, []).append({"seed": seed, "curve": curve, "seconds": result.seconds})
+            found.setdefault(arm, []).append({"seed": seed, "curve": curve, "seconds": result.seconds})
             print(f"{target} {arm} seed {seed}: {list(curve.values())[-1]:.4f}", file=sys.stderr)
     return {
         "target": target,
         "shape": shape.to_dict(),
         "parameters": shape.parameters,
         "teacher": teacher_ce,
-        "arms": arms,
+        "arms": found,
     }
 
 
@@ -131,6 +134,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--target", action="append", required=True)
     parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--arm", action="append", choices=ARMS, help="repeatable; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -144,6 +148,7 @@ def main() -> None:
                 data=arguments.data,
                 tokens=arguments.tokens,
                 seeds=arguments.seeds,
+                arms=arguments.arm or list(ARMS),
                 work=Path(work),
             )
             for target in arguments.target

@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+INTERRUPTED = 130  # the shell's 128 + SIGINT
 TARGET_HELP = "4b, 350m, 50%, 2GiB@int4, layers=16, hidden=3072,ffn=9216, or a published shape by name."
 WHAT_HELP = "A run folder, a model folder, a Hub id, or `demo`."
 
@@ -40,7 +41,7 @@ RecipeFile = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the recipe: section.key=value."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the recipe: section.key=value; repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -180,18 +181,19 @@ def main() -> None:
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command line and return its exit code; with `debug`, errors keep their traceback."""
     try:
-        app(arguments or ["--help"], standalone_mode=False)
+        if app(arguments or ["--help"], standalone_mode=False) == INTERRUPTED:  # typer catches it and returns this
+            raise KeyboardInterrupt
     except (UserError, CheckFailed) as error:
         if debug:
             raise
         _say(f"error: {' '.join(str(error).split())}")
         return 2 if isinstance(error, UserError) else 1
     except typer.TyperException as error:  # a mistake in the command line itself
-        _say(f"error: {' '.join(error.format_message().split())}; see compressor --help")
+        _say(f"error: {' '.join(error.format_message().split()).rstrip('.')}; see compressor --help")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted; run the same command again to resume")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -43,7 +43,9 @@ class Importance(Section):
     batch_size: int = Field(1, gt=0, description="calibration rows per forward pass")
     batch: Aggregation = Field("l2", description="aggregation over rows")
     sequence: Aggregation = Field("mean", description="aggregation over the tokens of a row")
-    depth: Literal["perplexity", "block_influence"] = Field("perplexity", description="how a block of layers is judged")
+    depth: Literal["perplexity", "block_influence"] = Field(
+        "block_influence", description="how a block of layers is judged"
+    )
     scores: str | None = Field(None, description="scores.safetensors of an earlier run of the same teacher, to reuse")
     depth_samples: int = Field(64, gt=0, description="calibration rows for perplexity-on-removal")
 
@@ -87,7 +89,7 @@ class Recipe(Section):
 
     teacher: str = Field("meta-llama/Llama-3.1-8B", description="Hub id, folder, or `demo` (embedded)")
     target: str = Field(description="4b, 350m, 50%, 2GiB@int4, layers=16, hidden=3072,ffn=9216, or a published shape")
-    seed: int = Field(0, description="of shuffling, sampling and initialisation")
+    seed: int = Field(0, ge=0, description="of shuffling, sampling and initialisation")
     data: Data = Field(default_factory=Data)  # pyright: ignore[reportArgumentType] - every field has a default
     importance: Importance = Field(default_factory=Importance)  # pyright: ignore[reportArgumentType]
     distill: Distill = Field(default_factory=Distill)  # pyright: ignore[reportArgumentType]

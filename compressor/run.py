@@ -142,9 +142,10 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder alone; UserError where another process holds it. The lock dies with its process."""
+        made, lock = not self.folder.exists(), self.folder / ".lock"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = (self.folder / ".lock").open("a+")
+            handle = lock.open("a+")
         except OSError as error:
             raise UserError(
                 f"could not use {self.folder} as a run folder: {error.strerror}; choose another --out"
@@ -157,7 +158,13 @@ class Run:
                     f"another process is working in {self.folder}; expected to be alone; "
                     "wait for it or choose another --out"
                 ) from error
-            yield
+            try:
+                yield
+            finally:
+                if [*self.folder.iterdir()] == [lock]:  # nothing was begun
+                    lock.unlink()
+                    if made:
+                        self.folder.rmdir()
 
     def read_facts(self) -> dict[str, Any]:
         """run.json, or an empty one for a new run."""

@@ -124,3 +124,12 @@ def test_a_regression_is_exit_1_and_a_done_run_is_exit_0(capsys, tmp_path):
     code, out, _ = call(capsys, "evaluate", str(tmp_path / "good"), "--prompts", "1", "--tokens", "100")
     assert code == 0
     assert "perplexity" in out
+
+
+def test_an_interrupt_is_told_and_is_no_success(monkeypatch, capsys):
+    def interrupted(recipe):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compressor.pipeline.plan", interrupted)
+    assert run(["plan", "--teacher", "demo", "--target", "50%"]) == 130
+    assert "interrupted" in capsys.readouterr().err

@@ -305,6 +305,7 @@ def test_a_mistake_that_is_found_at_once_does_not_bind_the_folder(world, tmp_pat
         compressor.distill(wrong, out=tmp_path / "run")
     with pytest.raises(UserError, match="warmup_steps"):
         compressor.distill(recipe(world, distill={"warmup_steps": 10**6}), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     assert compressor.distill(recipe(world), out=tmp_path / "run")["status"] == "done"
 
 

@@ -25,7 +25,7 @@ def recipe(teacher="llama-3.1-8b", target="4b", **distill):
             "teacher": teacher,
             "target": target,
             "data": {"context": 512},
-            "importance": {"samples": 64, "batch_size": 2, "depth_samples": 8},
+            "importance": {"samples": 64, "batch_size": 2, "depth_samples": 8, "depth": "perplexity"},
             "distill": usual | {"heldout_rows": 32, "chunk_tokens": 128} | distill,
             "evaluate": {"tokens": 10_000, "prompts": 25, "batch_size": 8, "max_new_tokens": 64},
         }

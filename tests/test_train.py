@@ -234,7 +234,7 @@ def test_gradient_checkpointing_and_bf16(whole, tmp_path):
     """Recomputed activations change nothing; bf16 autocast changes little, and weights stay float32."""
     result, _, _ = whole
     model, forwards = tiny_model(), []
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
     recomputed, _ = run(tmp_path / "recomputed", model=model, gradient_checkpointing=True)
     assert sum(forwards) == 2 * recomputed.steps  # once more in the backward pass
     torch.testing.assert_close(values(recomputed.history, "loss"), values(result.history, "loss"))
