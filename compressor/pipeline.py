@@ -48,8 +48,9 @@ class Job:
     say: Say
     facts: dict[str, Any] = field(default_factory=dict)  # what the current stage wants noted with its mark
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
+        """The teacher's, read once for all stages."""
         from .checkpoint import load_tokenizer
 
         return load_tokenizer(self.teacher.folder)
