@@ -84,7 +84,8 @@ def test_every_room_has_a_layer():
 def test_packages_are_listed_and_no_script_has_a_shell_builtins_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
-    found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "compressor").rglob("*.py")}
+    code = [path for package in ("compressor", "export") for path in (ROOT / package).rglob("*.py")]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in code}
     data = {"compressor.configs", "compressor.recipes"}
     assert listed == found | data
     builtins = set(subprocess.check_output(["bash", "-c", "compgen -b"], text=True).split())

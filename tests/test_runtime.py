@@ -6,7 +6,7 @@ from models import CHAT_TEMPLATE, save_tiny, tiny_tokenizer
 
 from compressor import runtime
 from compressor.errors import UserError
-from compressor.runtime import Runtime, TorchRuntime
+from compressor.runtime import Runtime, TorchRuntime, face
 
 QUESTIONS = [
     "hi",
@@ -102,20 +102,19 @@ def test_characters_of_several_tokens_come_whole():
     tokenizer = tiny_tokenizer()
     text = "a \U0001f600\u6df1\ne\u0301 done"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = list(runtime._pieces(iter(ids), tokenizer))
+    pieces = list(face._pieces(iter(ids), tokenizer))
     assert "".join(pieces) == text
     assert "\U0001f600" in pieces
     assert not any("\ufffd" in piece for piece in pieces)
-    broken = list(runtime._pieces(iter(ids[:4]), tokenizer))
+    broken = list(face._pieces(iter(ids[:4]), tokenizer))
     assert "".join(broken) == tokenizer.decode(ids[:4])
 
 
 def test_every_configured_stop_token_ends_an_answer(tiny):
-    from transformers import GenerationConfig
 
-    assert runtime.stop_ids(GenerationConfig(eos_token_id=[7, 9]), tiny.tokenizer) == {1, 7, 9}
-    assert runtime.stop_ids(GenerationConfig(eos_token_id=8), tiny.tokenizer) == {1, 8}
-    assert runtime.stop_ids(GenerationConfig(), tiny.tokenizer) == {1}
+    assert runtime.stop_ids([7, 9], tiny.tokenizer) == {1, 7, 9}
+    assert runtime.stop_ids(8, tiny.tokenizer) == {1, 8}
+    assert runtime.stop_ids(None, tiny.tokenizer) == {1}
 
 
 def test_a_model_without_a_template_continues_a_transcript_and_stops_at_the_next_turn():
@@ -123,9 +122,9 @@ def test_a_model_without_a_template_continues_a_transcript_and_stops_at_the_next
     tokenizer.chat_template = None
     ids = runtime.prompt_ids(ask("hi") | {"tools": [{"name": "look"}]}, tokenizer)
     assert tokenizer.decode(ids) == '<s>Tools:\n{"name": "look"}\n\nUser: hi\n\nAssistant:'
-    pieces = list(runtime._cut(iter([" ye", "s\n", "\nUs", "er: and", " then"]), runtime.TRANSCRIPT_STOPS))
+    pieces = list(face._cut(iter([" ye", "s\n", "\nUs", "er: and", " then"]), face.TRANSCRIPT_STOPS))
     assert "".join(pieces) == " yes"
-    held = list(runtime._cut(iter(["one\n\nU", "nion"]), runtime.TRANSCRIPT_STOPS))
+    held = list(face._cut(iter(["one\n\nU", "nion"]), face.TRANSCRIPT_STOPS))
     assert "".join(held) == "one\n\nUnion"
 
 

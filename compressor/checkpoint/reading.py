@@ -168,13 +168,14 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
 class Checkpoint:
     """A folder of safetensors, opened lazily: headers at once, rows when asked for.
 
-    Raises UserError for a missing shard, a truncated or corrupt file, or a quantized checkpoint.
+    Raises UserError for a missing shard, a truncated or corrupt file, or a quantized checkpoint (unless `quantized`
+    says that only its files are to be checked).
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, quantized: bool = False) -> None:
         self.folder = Path(folder)
         self.config = read_config(self.folder)
-        if self.config.get("quantization_config"):
+        if self.config.get("quantization_config") and not quantized:
             raise UserError(f"{self.folder} is quantized; expected bf16, fp16 or fp32 weights; use the original model")
         self._stored: dict[str, Stored] = {}
         for file, promised in weight_files(self.folder).items():
@@ -353,12 +354,14 @@ def load_model(folder: Path | str, *, dtype: Any = None, device: Any = None) -> 
     """The model in eval mode (dtype None: as stored), after its files and weights were checked.
 
     Raises UserError for broken files, for tensors that are missing or of another size than config.json says, and for
-    NaN or infinite weights (naming the tensor). No code that comes with a model is ever run.
+    NaN or infinite weights (naming the tensor). No code that comes with a model is ever run. A folder that
+    bitsandbytes quantized is loaded as it is.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    Checkpoint(folder)  # one line for a broken file, where the loader would give a traceback
+    packed = (read_config(folder).get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
+    Checkpoint(folder, quantized=packed)  # one line for a broken file, where the loader would give a traceback
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto" if dtype is None else dtype,
@@ -366,6 +369,7 @@ def load_model(folder: Path | str, *, dtype: Any = None, device: Any = None) -> 
         local_files_only=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, and refused here in one line
+        device_map={"": device or "cpu"} if packed else None,
     )
     model, info = loaded
     for what in ("missing_keys", "mismatched_keys"):
@@ -379,6 +383,28 @@ def load_model(folder: Path | str, *, dtype: Any = None, device: Any = None) -> 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             check_finite(parameter, f"{name} in {folder}")
+    return model.eval() if packed else model.to(device or "cpu").eval()
+
+
+def load_gguf(folder: Path | str, file: str, *, device: Any = None) -> PreTrainedModel:
+    """The model of a GGUF file, dequantized to float32, in eval mode. The sizes are those of config.json beside it.
+
+    Raises UserError for a file that cannot be read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)  # the file does not state every key
+        if config.model_type == "mistral":  # GGUF has one architecture for both
+            config = LlamaConfig.from_dict(config.to_dict() | {"model_type": "llama"})
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, config=config, dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"cannot read {Path(folder) / file} ({_first_line(error)}); expected a GGUF file; export it again"
+        ) from error
     return model.to(device or "cpu").eval()
 
 

@@ -24,10 +24,16 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from . import lexicon, tasks
+from .functions import FUNCTIONS
 
 ROLES = ("system", "user", "assistant", "tool")
 SPECIAL = ["<s>", "<|end|>", "<pad>", *(f"<|{role}|>" for role in ROLES)]
 CALL_TAGS = ["<tool_call>", "</tool_call>"]  # ordinary tokens: decoding keeps them
+# How Llama 3 splits text before it merges, as tokenizer.json has it; llama.cpp calls it llama-bpe.
+LLAMA_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 VOCAB = 2560
 CONTEXT = 512
 STRATA = 2  # micro-batches of a step: short rows and long rows
@@ -99,7 +105,7 @@ def train_tokenizer(records: list[dict[str, Any]]):
     core.train_from_iterator(texts, trainer)
     core.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in CALL_TAGS])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
+        tokenizer_object=split_as_llama(core),
         bos_token="<s>",
         eos_token="<|end|>",
         pad_token="<pad>",
@@ -108,6 +114,31 @@ def train_tokenizer(records: list[dict[str, Any]]):
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def split_as_llama(core: Any) -> Any:
+    """The same token ids over the domain, from text split by Llama 3's expression.
+
+    llama.cpp and onnxruntime-genai split by the few expressions they were built with. Llama's cuts citations, list
+    items and functions' names in pieces, so these are added tokens, which every runtime looks for before it splits.
+    """
+    from tokenizers import Tokenizer
+
+    whole = {f" [{digit}]" for digit in range(10)} | {"\n-"}
+    whole |= {space + name for function in FUNCTIONS for name in function.names for space in ("", " ")}
+    state = json.loads(core.to_str())
+    vocab = state["model"]["vocab"]
+    found = {
+        text.translate({32: "\u0120", 10: "\u010a"}): text for text in whole
+    }  # space and newline in byte-level BPE
+    found = {entry: text for entry, text in found.items() if entry in vocab}
+    state["model"]["vocab"] = {found.get(entry, entry): number for entry, number in vocab.items()}
+    state["model"]["merges"] = [m for m in state["model"]["merges"] if not {"".join(m), *m} & found.keys()]
+    state["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": LLAMA_SPLIT}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    state["added_tokens"] += [{"id": vocab[entry], "content": text, **flags} for entry, text in found.items()]
+    state["added_tokens"].sort(key=lambda token: token["id"])
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def encode(record: dict[str, Any], tokenizer) -> tuple[list[int], list[float]]:

@@ -1,0 +1,31 @@
+"""Runtime: one face for every model that is judged, whatever runs it.
+
+Evaluation, benchmark and the app speak to this face only, so the code that judged the torch student also
+judges its exported, quantized copies. A conversation is {"messages": [...], "tools"?: [...]}.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from .face import Runtime, prompt_ids, stop_ids
+from .in_gguf import FILE as GGUF_FILE
+from .in_gguf import LlamaCppRuntime, open_gguf
+from .in_onnx import GENAI_CONFIG, OnnxRuntime
+from .in_torch import TorchRuntime
+
+__all__ = ["LlamaCppRuntime", "OnnxRuntime", "Runtime", "TorchRuntime", "load", "prompt_ids", "stop_ids"]
+
+
+def load(what: Path | str, *, batch_size: int = 64, threads: int | None = None, **options: Any) -> Runtime:
+    """The runtime of an exported folder by what lies in it, else of a Hugging Face folder, a Hub id or `demo`.
+
+    batch_size is torch's, threads the others'. Raises UserError for what cannot be found or opened.
+    """
+    folder = Path(what)
+    if (folder / GENAI_CONFIG).is_file():
+        return OnnxRuntime(folder, threads=threads)
+    if (folder / GGUF_FILE).is_file():
+        return open_gguf(folder, threads=threads, **options)
+    from ..checkpoint import resolve
+
+    return TorchRuntime(resolve(str(what)), batch_size=batch_size)

@@ -1,0 +1,89 @@
+"""A GGUF file run by llama.cpp where llama-cpp-python is installed, else read by transformers into float32."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from .face import Runtime, Speaker, stop_ids
+from .in_torch import TorchRuntime
+
+FILE = "model.gguf"
+LOGITS_CONTEXT = 2048  # llama.cpp keeps logits of every position of its context: vocabulary x 4 bytes each
+
+
+def open_gguf(folder: Path | str, *, engine: str | None = None, threads: int | None = None) -> Runtime:
+    """The runtime of a GGUF folder. engine: "llama.cpp" or "transformers"; None takes llama.cpp where it is there."""
+    engine = engine or ("llama.cpp" if find_spec("llama_cpp") else "transformers")
+    if engine == "llama.cpp":
+        return LlamaCppRuntime(folder, threads=threads)
+    return TorchRuntime(folder, gguf_file=FILE)
+
+
+class LlamaCppRuntime(Speaker):
+    """llama.cpp through llama-cpp-python; ids come from the tokenizer beside the file.
+
+    Raises UserError for a file that llama.cpp cannot open.
+    """
+
+    def __init__(self, folder: Path | str, *, threads: int | None = None, context: int | None = None) -> None:
+        from ..checkpoint import load_tokenizer, read_config
+        from ..shape import Shape
+
+        self.folder = Path(folder)
+        config = read_config(self.folder)
+        self.context: int = min(config["max_position_embeddings"], context or 2**31)
+        self.parameters = Shape.from_config(config).parameters
+        self.nbytes = (self.folder / FILE).stat().st_size
+        self.tokenizer = load_tokenizer(self.folder)
+        self.stops = stop_ids(config.get("eos_token_id"), self.tokenizer)
+        self._threads = threads
+        self._speaking = self._open(self.context, every_logit=False)
+        self._judging: Any = None
+
+    def _open(self, context: int, *, every_logit: bool) -> Any:
+        from llama_cpp import Llama
+
+        threads: dict[str, Any] = (
+            {} if self._threads is None else {"n_threads": self._threads, "n_threads_batch": self._threads}
+        )
+        path = str(self.folder / FILE)
+        try:
+            return Llama(path, n_ctx=context, logits_all=every_logit, verbose=False, **threads)
+        except (ValueError, AssertionError) as error:
+            raise UserError(
+                f"llama.cpp cannot open {path} ({error}); expected a file written by compressor export gguf; "
+                "export it again"
+            ) from error
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (T,) -> logits (T, V) in float32."""
+        return self.cached_logits(ids, prefill=len(ids))
+
+    def cached_logits(self, ids: torch.Tensor, *, prefill: int) -> torch.Tensor:
+        """As `logits`, but `prefill` tokens are read at once and the others one by one from the KV cache."""
+        import numpy
+
+        if self._judging is None:
+            self._judging = self._open(min(self.context, LOGITS_CONTEXT), every_logit=True)
+        self._judging.reset()
+        for part in (ids[:prefill].tolist(), *([int(token)] for token in ids[prefill:])):
+            self._judging.eval(part)
+        return torch.from_numpy(numpy.array(self._judging.scores[: len(ids)], dtype=numpy.float32))
+
+    def tokens(
+        self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, through: bool = False
+    ) -> Iterator[int]:
+        """Continue token ids one by one until a stop token, which is not yielded; `through` goes past it."""
+        self._speaking.reset()
+        self._speaking.set_seed(seed)
+        options = {"temp": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+        found = self._speaking.generate(ids, reset=False, **options)
+        for _ in range(min(max_new_tokens, self.context - len(ids))):
+            token = next(found)
+            if token in self.stops and not through:
+                return
+            yield token

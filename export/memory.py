@@ -1,0 +1,35 @@
+"""How much memory this process has held at most, from the kernel's own count."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def resident(key: str = "VmRSS") -> int | None:
+    """Bytes of resident memory now (VmRSS) or at most so far (VmHWM); None where the system does not tell."""
+    try:
+        found = re.search(rf"^{key}:\s+(\d+) kB", STATUS.read_text(), flags=re.M)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+class Peak:
+    """Filled in when the block of `peak_memory` ends."""
+
+    peak: int | None = None
+
+
+@contextmanager
+def peak_memory() -> Iterator[Peak]:
+    """The most resident memory of the process while the block runs, what it held before included."""
+    with suppress(OSError):
+        CLEAR.write_text("5")  # starts VmHWM anew at what is resident now
+    found = Peak()
+    yield found
+    found.peak = resident("VmHWM")

@@ -1,0 +1,283 @@
+"""The ONNX graph: built by onnxruntime-genai's builder in float32, then rounded, halved and written by passes of ours.
+
+The builder's own int4 and int8 leave a float32 table behind for a tied embedding; here one packed table serves both
+lm_head (MatMulNBits) and embedding (GatherBlockQuantized). Weights are evaluated one at a time and go straight to
+the data file, so that memory holds the student as stored plus one matrix.
+Suffixes: N output channels, K input channels, V vocabulary, H hidden size, G blocks of a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import UserError
+
+from .rounding import Blocks, round_blocks
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+MICROSOFT = "com.microsoft"
+ALIGNMENT = 64  # of a tensor in the data file; a page where it is large, so that it can be mapped
+PAGE_BYTES, LARGE_BYTES = 4096, 2**20
+INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: the CPU kernels multiply int8 by int4 or int8
+EMBEDDING = "model.embed_tokens.weight"  # the builder's names
+HEAD = "lm_head.MatMul.weight"
+
+
+class DataFile:
+    """The external data of a graph, written tensor by tensor."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb")
+
+    def add(self, name: str, values: Any, *, half: bool = False) -> onnx_ir.Value:
+        """An initializer whose bytes now lie in the file; `half` stores floating-point values in 16 bits."""
+        import numpy
+        import onnx_ir as ir
+
+        array = numpy.ascontiguousarray(values)
+        if half and array.dtype == numpy.float32:
+            array = array.astype(numpy.float16)
+        alignment = PAGE_BYTES if array.nbytes >= LARGE_BYTES else ALIGNMENT
+        offset = -(-self._file.tell() // alignment) * alignment
+        self._file.seek(offset)
+        self._file.write(array.data)
+        dtype = ir.DataType.from_numpy(array.dtype)
+        shape = ir.Shape(array.shape)
+        stored = ir.ExternalTensor(
+            self.path.name, offset, array.nbytes, dtype, shape=shape, name=name, base_dir=self.path.parent
+        )
+        return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=stored)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def build(student: Path, work: Path) -> tuple[onnx_ir.Model, dict[str, Any]]:
+    """The float32 graph of a Hugging Face folder, its weights not yet evaluated, and its genai_config.
+
+    `work` gets the builder's files. Raises UserError for an architecture that the builder does not know.
+    """
+    from unittest.mock import patch
+
+    from onnxruntime_genai.models import builder
+
+    graphs: list[onnx_ir.Model] = []
+
+    def keep(self: Any, folder: str) -> None:
+        graphs.append(self.model)
+
+    talk = io.StringIO()
+    # the builder would write all weights in float32, for us to read them back
+    with patch.object(builder.Model, "save_model", keep), contextlib.redirect_stdout(talk):  # pyright: ignore
+        where = ("", str(student), str(work), "fp32", "cpu", str(work / "cache"))
+        try:
+            builder.create_model(*where, **builder.parse_extra_options(*where, []))
+        except NotImplementedError as error:
+            raise UserError(
+                f"onnxruntime-genai's builder does not know this architecture ({error}); expected one of a family "
+                "it builds, such as Llama, Mistral, Qwen2 or Qwen3"
+            ) from error
+    return graphs[0], json.loads((work / "genai_config.json").read_text(encoding="utf-8"))
+
+
+def write(
+    model: onnx_ir.Model,
+    path: Path,
+    *,
+    bits: Callable[[str], int | None],
+    block: int,
+    algorithm: str = "rtn",
+    half: bool = False,
+    head_dim: int,
+    data_name: str,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Write a graph from `build` to `path`, its weights to `data_name` beside it.
+
+    bits: initializer name -> 4 or 8 to round it, None to keep it in floating point. half: every floating-point
+    tensor, the KV cache included, in 16 bits; logits stay float32. `progress` is told weights, not bytes.
+    """
+    import onnx_ir as ir
+
+    graph: Any = model.graph
+    data = DataFile(path.with_name(data_name))
+    try:
+        _embed_from_rows(graph)
+        for name, value in list(graph.initializers.items()):
+            width = bits(name)
+            if width is None:
+                values = value.const_value.numpy()
+                fresh = data.add(name, values, half=half)
+                graph.initializers.pop(name)
+                value.replace_all_uses_with(fresh)
+                graph.initializers.add(fresh)
+            else:
+                _round(graph, value, data, bits=width, block=block, algorithm=algorithm, half=half)
+            if progress is not None:
+                progress(value.const_value.size)
+    finally:
+        data.close()
+    if half:
+        _halve(graph)
+    for value in (*graph.inputs, *graph.outputs):
+        if str(value.name).startswith(("past_key_values.", "present.")):
+            # the builder leaves a name there, which transformers.js takes for a length of 0
+            value.shape = ir.Shape([*value.shape[:3], head_dim])
+    graph.sort()
+    ir.save(model, path)
+
+
+def _embed_from_rows(graph: Any) -> None:
+    """Read a tied embedding through the head's table itself, without the builder's Transpose of it before Gather."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type == "Transpose" and node.inputs[0].is_initializer():
+            table, gather = node.inputs[0], node.outputs[0].consumers()[0]
+            # the table is (H, V): rows of the transposed table are its columns
+            columns = ir.node("Gather", [table, gather.inputs[1]], {"axis": 1}, name=gather.name)
+            hidden = ir.node("Transpose", [columns.outputs[0]], {"perm": [1, 2, 0]}, name=node.name)
+            columns.outputs[0].dtype = gather.outputs[0].dtype
+            _replace(graph, gather, [columns, hidden])
+            graph.remove(node, safe=True)
+
+
+def _replace(graph: onnx_ir.Graph, old: onnx_ir.Node, new: list[onnx_ir.Node]) -> None:
+    """Put `new` in the place of `old`; the last one's output takes over its name, type, shape and readers."""
+    import onnx_ir as ir
+
+    output = new[-1].outputs[0]
+    output.shape, output.type = old.outputs[0].shape, old.outputs[0].type
+    ir.convenience.replace_nodes_and_values(graph, old, [old], new, [old.outputs[0]], [output])
+
+
+def _round(
+    graph: Any,
+    value: Any,
+    data: DataFile,
+    *,
+    bits: int,
+    block: int,
+    algorithm: str,
+    half: bool,
+) -> None:
+    """Replace one weight by its blocks, and each node that reads it by the one that reads blocks."""
+    import onnx_ir as ir
+    import torch
+
+    name = str(value.name)
+    readers = list(value.consumers())
+    table = any(node.op_type == "Gather" for node in readers)
+    weight = torch.from_numpy(value.const_value.numpy())
+    if name != EMBEDDING:
+        weight = weight.T  # the builder stores (K, N)
+    block = fitting_block(block, weight.shape[1])
+    # one table serves lm_head and embedding, and the embedding knows no zero points
+    blocks = round_blocks(weight.contiguous(), bits=bits, block=block, algorithm="rtn" if table else algorithm)
+    inputs = [data.add(f"{name}_q{bits}", blocks.packed().numpy())]
+    inputs.append(data.add(f"{name}_scales", blocks.scale_NG.numpy(), half=half))
+    if blocks.zero_NG is not None:
+        inputs.append(data.add(f"{name}_zero_points", _packed_rows(blocks)))
+    for initializer in inputs:
+        graph.initializers.add(initializer)
+    N, K = weight.shape
+    sizes = {"bits": bits, "block_size": block}
+    for node in readers:
+        if node.op_type == "MatMul":
+            attributes = {"K": K, "N": N, **sizes, "accuracy_level": INT8_ACTIVATIONS}
+            product = ir.node("MatMulNBits", [node.inputs[0], *inputs], attributes, domain=MICROSOFT, name=node.name)
+            _replace(graph, node, [product])
+        elif node.op_type == "Gather":
+            _gather(graph, node, inputs, sizes, hidden=K)
+    graph.initializers.pop(name)
+
+
+def _gather(
+    graph: onnx_ir.Graph, node: onnx_ir.Node, inputs: list[onnx_ir.Value], sizes: dict[str, int], *, hidden: int
+) -> None:
+    """The embedding from packed rows: blocks (.., G, B) of a token, laid end to end and cut to the hidden size."""
+    import onnx_ir as ir
+
+    def constant(name: str, values: list[int]) -> onnx_ir.Value:
+        import numpy
+
+        value = ir.Value(name=f"{node.name}/{name}", const_value=ir.tensor(numpy.array(values, numpy.int64)))
+        graph.initializers.add(value)
+        return value
+
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    after: list[onnx_ir.Node] = []
+    if axis == 1:  # a tied table, read by columns until now
+        transpose = node.outputs[0].consumers()[0]
+        node_of_hidden = transpose
+    else:
+        node_of_hidden = node
+    packed, scales = inputs[0], inputs[1]
+    columns = ir.node("Unsqueeze", [scales, constant("axes", [-1])], name=f"{node.name}/Unsqueeze")
+    rows = ir.node(
+        "GatherBlockQuantized",
+        [packed, node.inputs[1], columns.outputs[0]],
+        {"gather_axis": 0, "quantize_axis": 2, **sizes},
+        domain=MICROSOFT,
+        name=node.name,
+    )
+    after = [
+        columns,
+        rows,
+        ir.node("Reshape", [rows.outputs[0], constant("shape", [0, 0, -1])], name=f"{node.name}/Reshape"),
+    ]
+    if hidden % sizes["block_size"]:
+        ends = [constant("start", [0]), constant("end", [hidden]), constant("axis", [2])]
+        after.append(ir.node("Slice", [after[-1].outputs[0], *ends], name=f"{node.name}/Slice"))
+    _replace(graph, node_of_hidden, after)
+    if node_of_hidden is not node:
+        graph.remove(node, safe=True)
+
+
+def fitting_block(block: int, size: int) -> int:
+    """The largest power of two up to `block`, at least 16, that divides `size`; `block` itself where none does."""
+    while block > 16 and size % block:
+        block //= 2
+    return block
+
+
+def _packed_rows(blocks: Blocks) -> Any:
+    """Zero points (N, G) as MatMulNBits wants them: two 4-bit values a byte, an odd row filled up."""
+    import torch
+
+    zero_NG = blocks.zero_NG
+    assert zero_NG is not None
+    if blocks.bits == 4:
+        zero_NG = torch.nn.functional.pad(zero_NG, (0, zero_NG.shape[1] % 2))
+        zero_NG = zero_NG[:, 0::2] | (zero_NG[:, 1::2] << 4)
+    return zero_NG.contiguous().numpy()
+
+
+def _halve(graph: onnx_ir.Graph) -> None:
+    """Make every float32 value of the graph float16, and hand the logits out in float32 all the same."""
+    import onnx_ir as ir
+
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    for node in graph:
+        for attribute in node.attributes.values():
+            if attribute.name == "to" and attribute.as_int() == ir.DataType.FLOAT:
+                node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT16)
+        for value in node.outputs:
+            if value.dtype == ir.DataType.FLOAT:
+                value.dtype = ir.DataType.FLOAT16
+    for value in (*graph.inputs, *graph.outputs):
+        if value.dtype == ir.DataType.FLOAT:
+            value.dtype = ir.DataType.FLOAT16
+    cast = ir.node("Cast", [logits], {"to": ir.DataType.FLOAT}, name="/lm_head/Cast")
+    cast.outputs[0].shape, cast.outputs[0].dtype = logits.shape, ir.DataType.FLOAT
+    graph.append(cast)
+    logits.name, cast.outputs[0].name = "logits_half", "logits"
+    graph.outputs[list(graph.outputs).index(logits)] = cast.outputs[0]

@@ -1,0 +1,214 @@
+"""The weights of an artifact, read from its files as its format is specified, apart from the code that wrote it.
+
+Each tensor comes under its Hugging Face name, in (out, in) order, with the interval in which the student's weight
+must lie for the stored value to be its rounding. A changed block, a doubled scale or a swapped matrix falls outside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from compressor import families
+from compressor.shape import Shape
+
+if TYPE_CHECKING:
+    import torch
+
+SLACK = 0.02  # of a step: what float32 arithmetic may move a weight at the border of two steps
+HALF_SLACK = 2.0**-10  # of the weight: a scale stored in float16 is off by half of this at most
+CLIPPED = 2.5  # steps that a weight may lie beyond the end of its block's range
+
+
+class Read(NamedTuple):
+    """A tensor as stored, and the lowest and highest weight that it can stand for."""
+
+    name: str
+    value: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+def onnx_weights(graph_path: Path, shape: Shape) -> Iterator[Read]:
+    """The weights of a graph that `onnx_graph.write` wrote: MatMulNBits, GatherBlockQuantized and plain initializers.
+
+    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md has the layouts.
+    """
+    import onnx_ir as ir
+
+    graph: Any = ir.load(graph_path).graph
+    seen: set[str] = set()
+    for node in graph:
+        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
+            continue
+        if node.op_type == "MatMulNBits":
+            packed, scales, *zeros = (value for value in node.inputs[1:4] if value is not None)
+        else:
+            packed, scales, zeros = node.inputs[0], node.inputs[2].producer().inputs[0], []
+        seen |= {str(value.name) for value in (packed, scales, *zeros)}
+        bits = node.attributes["bits"].as_int()
+        parts = [_array(value) for value in (packed, scales, *zeros)]
+        base = re.sub(r"_q\d$", "", str(packed.name))
+        columns = node.attributes["K"].as_int() if "K" in node.attributes else shape.hidden
+        yield from _named(base, _blocks(*parts, bits=bits, columns=columns), shape)
+    for name, value in graph.initializers.items():
+        if name in seen or re.search(r"(_cache|/\w+)$", name):  # rope tables, constants of the graph's own
+            continue
+        array = _array(value)
+        if array.dim() == 2:  # (in, out) but for an embedding of its own
+            array = array if name == "model.embed_tokens.weight" else array.T
+        yield from _named(name, _floats(array), shape)
+
+
+def _array(value: Any) -> torch.Tensor:
+    import numpy
+    import torch
+
+    return torch.from_numpy(numpy.array(value.const_value.numpy()))
+
+
+def _blocks(
+    packed_NGB: torch.Tensor, scale_NG: torch.Tensor, zeros: torch.Tensor | None = None, *, bits: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Value, low and high (N, K) of a packed matrix."""
+    import torch
+
+    def unpack(packed: torch.Tensor) -> torch.Tensor:
+        if bits == 8:
+            return packed
+        return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+    q_NGB = unpack(packed_NGB).float()
+    N, G, _ = q_NGB.shape
+    zero = 2.0 ** (bits - 1) if zeros is None else unpack(zeros.view(N, -1))[:, :G].float().unsqueeze(-1)
+    scale_NG1 = scale_NG.view(N, G, 1).float()
+    values = tuple(
+        (scale_NG1 * (q_NGB + shift - zero)).reshape(N, -1)[:, :columns]
+        for shift in (
+            torch.zeros(()),
+            torch.where(q_NGB == 0, -CLIPPED, -0.5 - SLACK),
+            torch.where(q_NGB == 2**bits - 1, CLIPPED, 0.5 + SLACK),
+        )
+    )
+    value, one, other = values
+    slack = value.abs() * (HALF_SLACK if scale_NG.dtype == torch.float16 else 0)
+    return value, torch.minimum(one, other) - slack, torch.maximum(one, other) + slack  # a scale may be negative
+
+
+def _floats(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A float16 stands for what rounds to it, a float32 for itself."""
+    import torch
+
+    spread = 0.0 if values.dtype == torch.float32 else torch.finfo(values.dtype).eps
+    value = values.float()
+    reach = value.abs() * spread + spread**2 / 2  # and half of the smallest subnormal
+    return value, value - reach, value + reach
+
+
+def _named(name: str, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], shape: Shape) -> Iterator[Read]:
+    """One tensor of the builder's under the name or names that Hugging Face has for it."""
+    layer = re.match(r"model\.layers\.(\d+)\.(.+)", name)
+    if layer is None or layer[2].startswith("final_norm"):
+        known = {"lm_head.MatMul.weight": "model.embed_tokens.weight" if shape.tied else "lm_head.weight"}
+        yield Read(known.get(name, name if layer is None else "model.norm.weight"), *tensors)
+        return
+    kind = "bias" if layer[2].endswith("bias") else "weight"
+    module = re.sub(r"\.(MatMul|Add|layernorm)?\.?(weight|bias)$", "", layer[2]).replace("attn.", "self_attn.")
+    prefix = f"model.layers.{layer[1]}."
+    if not module.endswith("qkv_proj"):
+        yield Read(f"{prefix}{module}.{kind}", *tensors)
+        return
+    sizes = [shape.size("heads"), shape.size("kv_heads"), shape.size("kv_heads")]
+    parts = zip("qkv", *(tensor.split(sizes) for tensor in tensors), strict=True)
+    for letter, value, low, high in parts:
+        yield Read(f"{prefix}self_attn.{letter}_proj.{kind}", value, low, high)
+
+
+def gguf_weights(path: Path, shape: Shape) -> Iterator[Read]:
+    """The tensors of a GGUF file, dequantized by the `gguf` package and with the rows of q and k put back."""
+    import gguf
+    import numpy
+    import torch
+
+    from .to_gguf import tensor_names, unpermuted
+
+    known = {target: name for name, target in tensor_names(shape).items()}
+    for tensor in gguf.GGUFReader(path).tensors:
+        if tensor.name == "rope_freqs.weight":
+            continue
+        name, kind = known[tensor.name], tensor.tensor_type.name
+        value = torch.from_numpy(numpy.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+        value = value.view(tuple(int(size) for size in reversed(tensor.shape)))
+        plain = kind in _PLAIN
+        parts = _floats(value.to(getattr(torch, _PLAIN[kind]))) if plain else _steps(value, tensor.data, kind)
+        yield Read(name, *(unpermuted(name, part, shape) for part in parts))
+
+
+_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# type -> bits, whether it has a minimum beside its scale
+_BLOCKED = {"Q8_0": (8, False), "Q5_0": (5, False), "Q5_1": (5, True), "Q4_0": (4, False), "Q4_1": (4, True)}
+
+
+def _steps(value: torch.Tensor, data: Any, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Value, low and high of a block type: a step is the float16 that each block of 32 begins with."""
+    import numpy
+    import torch
+
+    bits, with_minimum = _BLOCKED[kind]
+    count = value.numel() // 32
+    blocks = numpy.ascontiguousarray(data).reshape(count, -1)
+    step_G1 = torch.from_numpy(blocks[:, :2].copy().view(numpy.float16).astype(numpy.float32))
+    value_GB = value.reshape(count, 32)
+    reach_GB = (step_G1.abs() * (0.5 + SLACK)).expand(count, 32)
+    # q8_0 is symmetric and never clips; the others have one step less on the side opposite to the largest weight
+    if not with_minimum and bits < 8:
+        top_GB = value_GB >= step_G1.abs() * (2 ** (bits - 1) - 1.5)
+        bottom_GB = value_GB <= -step_G1.abs() * (2 ** (bits - 1) - 1.5)
+        ends_GB = torch.where(step_G1 > 0, top_GB, bottom_GB)
+        reach_GB = torch.where(ends_GB, step_G1.abs() * (1 + SLACK), reach_GB)
+    reach_GB = reach_GB + value_GB.abs() * HALF_SLACK
+    low, high = value_GB - reach_GB, value_GB + reach_GB
+    return value, low.view(value.shape), high.view(value.shape)
+
+
+def bitsandbytes_weights(folder: Path, shape: Shape) -> Iterator[Read]:
+    """The tensors of a bitsandbytes folder: nf4 codes times absmax, int8 times the row's scale, or as they are."""
+    import torch
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                if not name.endswith((".weight", ".bias")):
+                    continue
+                values = file.get_tensor(name)
+                if f"{name}.absmax" in file.keys():  # noqa: SIM118
+                    sizes = tuple(shape.size(axis) for axis in families.axes_of(shape, name))
+                    parts = _codes(values, file.get_tensor(f"{name}.absmax"), file.get_tensor(f"{name}.quant_map"))
+                    yield Read(name, *(part.view(sizes) for part in parts))
+                elif values.dtype == torch.int8:
+                    scale_N1 = file.get_tensor(name.replace(".weight", ".SCB")).float().unsqueeze(1) / 127
+                    value = values.float() * scale_N1
+                    reach = scale_N1 * (0.5 + SLACK) + value.abs() * HALF_SLACK  # weights are read in float16
+                    yield Read(name, value, value - reach, value + reach)
+                else:
+                    yield Read(name, *_floats(values))
+
+
+def _codes(
+    packed: torch.Tensor, absmax_G: torch.Tensor, code_C: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Value, low and high of 4-bit codes, the earlier one in the high half of a byte: midpoints between codes."""
+    import torch
+
+    flat = packed.flatten()
+    index_GB = torch.stack([flat >> 4, flat & 15], -1).view(len(absmax_G), -1).long()
+    middle = (code_C[1:] + code_C[:-1]) / 2
+    edge = torch.tensor([SLACK])
+    low_C, high_C = torch.cat([code_C[:1] - edge, middle]), torch.cat([middle, code_C[-1:] + edge])
+    slack_GB = SLACK * (high_C - low_C)
+    return tuple(  # pyright: ignore[reportReturnType]
+        (levels[index_GB] * absmax_G.unsqueeze(1)).flatten() for levels in (code_C, low_C - slack_GB, high_C + slack_GB)
+    )

@@ -1,0 +1,114 @@
+"""Rounding a weight matrix to 4 or 8 bits in blocks: the numbers, before any format packs them.
+
+A block is a run of weights of one output channel that share a scale: value = scale * (q - zero), q an unsigned
+integer of `bits` bits. Suffixes: N output channels, K input channels, G blocks of a channel, B weights of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A rounded matrix. zero_NG is None where it is the middle of the range, 2 ** (bits - 1), in every block."""
+
+    q_NGB: torch.Tensor  # uint8
+    scale_NG: torch.Tensor  # float32
+    zero_NG: torch.Tensor | None
+    bits: int
+
+    def packed(self) -> torch.Tensor:
+        """The bytes (N, G, B * bits / 8): two 4-bit values a byte, the earlier one in the low half."""
+        if self.bits == 8:
+            return self.q_NGB
+        return self.q_NGB[..., 0::2] | (self.q_NGB[..., 1::2] << 4)
+
+
+def round_blocks(weight_NK: torch.Tensor, *, bits: int, block: int, algorithm: str = "rtn") -> Blocks:
+    """Round a float matrix (N, K) in blocks of `block` along K; the last block of a row is filled up with zeros.
+
+    8-bit weights are always rounded to nearest: 256 steps leave the other algorithms nothing to gain.
+    """
+    import torch
+
+    padded_NK = torch.nn.functional.pad(weight_NK.float(), (0, -weight_NK.shape[1] % block))
+    weight_NGB = padded_NK.view(len(padded_NK), -1, block)
+    return (ALGORITHMS[algorithm] if bits == 4 else _nearest)(weight_NGB, bits)
+
+
+def _nearest(weight_NGB: torch.Tensor, bits: int) -> Blocks:
+    """Symmetric round-to-nearest whose lowest step falls on the largest weight of the block, as in ORT and Q4_0."""
+    half = 2 ** (bits - 1)
+    largest_NG1 = weight_NGB.abs().argmax(-1, keepdim=True)
+    scale_NG = weight_NGB.gather(-1, largest_NG1).squeeze(-1) / -half
+    return _on_scale(weight_NGB, scale_NG, bits)
+
+
+def _on_scale(weight_NGB: torch.Tensor, scale_NG: torch.Tensor, bits: int) -> Blocks:
+    half = 2 ** (bits - 1)
+    steps_NG = scale_NG.where(scale_NG != 0, scale_NG.new_ones(()))  # a block of zeros stays one
+    q_NGB = (weight_NGB / steps_NG.unsqueeze(-1)).round_().add_(half).clamp_(0, 2 * half - 1)
+    return Blocks(q_NGB.byte(), scale_NG, None, bits)
+
+
+def _searched(weight_NGB: torch.Tensor, bits: int) -> Blocks:
+    """Symmetric, with the scale of 21 near the nearest-rounding one that gives each block its least squared error."""
+    import torch
+
+    best = _nearest(weight_NGB, bits)
+    least_NG = _error(best, weight_NGB)
+    scale_NG = best.scale_NG.clone()
+    for step in range(-10, 11):
+        tried = _on_scale(weight_NGB, best.scale_NG * (1 + 0.02 * step), bits)
+        error_NG = _error(tried, weight_NGB)
+        scale_NG = torch.where(error_NG < least_NG, tried.scale_NG, scale_NG)
+        least_NG = torch.minimum(error_NG, least_NG)
+    return _on_scale(weight_NGB, scale_NG, bits)
+
+
+def _error(blocks: Blocks, weight_NGB: torch.Tensor) -> torch.Tensor:
+    half = 2 ** (blocks.bits - 1)
+    return ((blocks.q_NGB.float() - half) * blocks.scale_NG.unsqueeze(-1) - weight_NGB).square_().sum(-1)
+
+
+def _k_quant(weight_NGB: torch.Tensor, bits: int) -> Blocks:
+    """Asymmetric, scale and minimum searched by weighted least squares, as llama.cpp's k-quants; by onnxruntime."""
+    import torch
+    from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
+
+    N, G, B = weight_NGB.shape
+    _, scale, zero = quant_tensor_k_quant_cpu(weight_NGB.numpy().reshape(-1, B), num_bits=bits, group_size=B)
+    return _asymmetric(weight_NGB, torch.from_numpy(scale).view(N, G), torch.from_numpy(zero).view(N, G), bits)
+
+
+def _hqq(weight_NGB: torch.Tensor, bits: int) -> Blocks:
+    """Half-quadratic quantization by onnxruntime; its zero points are rounded, since the embedding takes no others."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, HQQWeightOnlyQuantizer
+
+    N, G, B = weight_NGB.shape
+    quantizer: Any = HQQWeightOnlyQuantizer(HQQWeightOnlyQuantConfig(block_size=B, bits=bits))
+    _, scale, zero = quantizer.quantize_internal(weight_NGB.reshape(N, G * B), bits=bits, group_size=B)
+    return _asymmetric(weight_NGB, scale.view(N, G), zero.view(N, G).round(), bits)
+
+
+def _asymmetric(weight_NGB: torch.Tensor, scale_NG: torch.Tensor, zero_NG: torch.Tensor, bits: int) -> Blocks:
+    top = 2**bits - 1
+    scale_NG = scale_NG.float()
+    zero_NG = zero_NG.float().clamp(0, top)
+    steps_NG = scale_NG.where(scale_NG != 0, scale_NG.new_ones(()))
+    q_NGB = (weight_NGB / steps_NG.unsqueeze(-1)).round_().add_(zero_NG.unsqueeze(-1)).clamp_(0, top)
+    return Blocks(q_NGB.byte(), scale_NG, zero_NG.byte(), bits)
+
+
+ALGORITHMS: dict[str, Callable[[Any, int], Blocks]] = {
+    "rtn": _nearest,
+    "search": _searched,
+    "k_quant": _k_quant,
+    "hqq": _hqq,
+}

@@ -1,0 +1,82 @@
+"""What can be exported: formats, their precisions, and the dials of one export."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from compressor.errors import UserError
+
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "onnx": ("fp32", "fp16", "int8", "int4"),
+    "bitsandbytes": ("nf4", "int8"),
+    "gguf": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+}
+DEFAULT_PRECISION = {"onnx": "int4", "bitsandbytes": "nf4", "gguf": "q8_0"}
+ALGORITHMS = ("rtn", "search", "k_quant", "hqq")
+BLOCKS = (16, 32, 64, 128, 256)
+SENSITIVE = ("head", "first", "last")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One export. block, algorithm, sensitive and web are ONNX's; tokenizer_pre is GGUF's.
+
+    sensitive: the parts kept at 8 bits in an int4 graph. Raises UserError for a value that is not known.
+    """
+
+    format: str
+    precision: str
+    block: int = 32
+    algorithm: str = "rtn"
+    sensitive: tuple[str, ...] = ("head",)
+    web: bool = False
+    tokenizer_pre: str | None = None
+
+    def __post_init__(self) -> None:
+        _known("format", self.format, tuple(PRECISIONS))
+        _known(f"precision of {self.format}", self.precision, PRECISIONS[self.format])
+        _known("block size", self.block, BLOCKS)
+        _known("algorithm", self.algorithm, ALGORITHMS)
+        for part in self.sensitive:
+            _known("sensitive part", part, SENSITIVE)
+
+    @property
+    def name(self) -> str:
+        """onnx-int4: what a run's export folder and a report call it."""
+        return f"{self.format}-{self.precision}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As written to export.json; dials of other formats are left out."""
+        values = asdict(self) | {"sensitive": list(self.sensitive)}
+        mine = {
+            "onnx": ("block", "algorithm", "sensitive", "web") if self.precision.startswith("int") else ("web",),
+            "gguf": ("tokenizer_pre",),
+        }
+        return {key: values[key] for key in ("format", "precision", *mine.get(self.format, ()))}
+
+    def bits(self, name: str, *, layers: int, tied: bool, precision: str | None = None) -> int | None:
+        """The width of a matrix in an ONNX graph, by its Hugging Face or builder name; None in floating point."""
+        precision = precision or self.precision
+        if precision == "int8":
+            return 8
+        if precision not in ("int4", "q4f16"):
+            return None
+        found = re.search(r"layers\.(\d+)\.", name)
+        part = {0: "first", layers - 1: "last"}.get(int(found[1])) if found else None
+        if name.startswith("lm_head") or (tied and "embed_tokens" in name):
+            part = "head"
+        return 8 if part in self.sensitive else 4
+
+
+def _known(what: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{what} {value!r} is not known; expected one of {', '.join(map(str, known))}")
+
+
+def parse(text: str) -> Settings:
+    """`onnx-int4` -> Settings; a bare format has its default precision. Raises UserError."""
+    format, _, precision = text.strip().partition("-")
+    _known("format", format, tuple(PRECISIONS))
+    return Settings(format, precision or DEFAULT_PRECISION[format])

@@ -1,0 +1,485 @@
+"""Export: every format holds the student, and an artifact that does not is caught and not kept."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from models import CHAT_TEMPLATE, save_tiny
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import export
+from compressor.checkpoint import DEMO_FOLDER, Checkpoint
+from compressor.errors import CheckFailed, UserError
+from compressor.runtime import Runtime, load
+from compressor.surgery import Kept, prune
+from export import Settings, gguf_tokenizer, read_back, to_bitsandbytes, to_gguf, to_onnx
+from export.formats import FORMATS
+from export.rounding import ALGORITHMS, round_blocks
+from export.verify import verify
+
+# hidden 96, queries 4 x 32 = 128, keys 2 x 32 = 64, ffn 160: no two alike, and whole blocks of 32 all of them
+SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 4, "head_dim": 32}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-square": ("qwen2", {"hidden_size": 128}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+}
+EVERY = [f"{format}-{precision}" for format, known in export.PRECISIONS.items() for precision in known]
+
+
+def tiny(folder: Path, name: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
+    """A tiny model whose tokenizer merges "he", "ll" and " w", which llama.cpp wants of byte-level BPE."""
+    model_type, settings = MODELS[name]
+    save_tiny(folder, model_type, seed=seed, **(SIZES | settings | {"vocab_size": 264} | overrides))
+    path = folder / "tokenizer.json"
+    state = json.loads(path.read_text())
+    state["model"]["merges"] = [["h", "e"], ["l", "l"], ["\u0120", "w"]]
+    state["model"]["vocab"] |= {"".join(merge): 259 + i for i, merge in enumerate(state["model"]["merges"])}
+    path.write_text(json.dumps(state))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Path:
+    return tiny(tmp_path_factory.mktemp("student"), "llama-tied")
+
+
+def written(student: Path, folder: Path, name: str, **dials: Any) -> Settings:
+    """An artifact that nothing has verified yet."""
+    settings = replace(export.parse(name), **dials)
+    folder.mkdir(parents=True)
+    FORMATS[settings.format].write(student, folder, settings)
+    return settings
+
+
+def check(student: Path, folder: Path, settings: Settings) -> dict[str, dict[str, Any]]:
+    return {found["check"]: found for found in verify(student, folder, settings, FORMATS[settings.format])}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_format_and_precision_is_the_student(student, tmp_path, name):
+    out = tmp_path / name
+    manifest = export.export(student, export.parse(name), out)
+    assert export.read_manifest(out) == manifest
+    assert {"size", "tokenizer", "chat template", "greedy tokens"} <= {found["check"] for found in manifest["checks"]}
+    assert not [found for found in manifest["checks"] if "warning" in found]
+    runtime = load(out)
+    assert isinstance(runtime, Runtime)
+    assert runtime.parameters == manifest["parameters"] == Checkpoint(student).shape.parameters
+    assert runtime.nbytes == manifest["bytes"]
+    assert manifest["bits_per_weight"] == 8 * runtime.nbytes / runtime.parameters
+    asked = [{"messages": [{"role": "user", "content": "hi"}]}]
+    assert runtime.complete(asked, max_new_tokens=8) == [
+        "".join(runtime.stream(asked[0]["messages"], max_new_tokens=8)).strip()
+    ]
+
+
+@pytest.mark.parametrize("name", ["onnx-int4", "gguf-q8_0"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_family_passes(tmp_path, model, name):
+    source = tiny(tmp_path / "student", model)
+    settings = export.parse(name)
+    export.export(source, settings, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["onnx-int4", "gguf-q8_0"])
+@pytest.mark.parametrize("how", ["width", "depth"])
+def test_pruned_students_pass(tmp_path, how, name):
+    teacher = Checkpoint(
+        tiny(tmp_path / "teacher", "llama-tied", num_hidden_layers=4, hidden_size=128, intermediate_size=224)
+    )
+    smaller = {"hidden": 96, "ffn": 160} if how == "width" else {"num_layers": 2}
+    shape = replace(teacher.shape, **smaller)
+    kept = Kept(
+        layers=tuple(range(shape.num_layers)),
+        hidden=tuple(range(shape.hidden)),
+        ffn=(tuple(range(shape.ffn)),) * shape.num_layers,
+        heads=(tuple(range(shape.num_heads)),) * shape.num_layers,
+    )
+    prune(teacher, tmp_path / "student", kept=kept, shape=shape)
+    export.export(tmp_path / "student", export.parse(name), tmp_path / name)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("sensitive", [(), ("head",), ("head", "first", "last")])
+def test_algorithms_and_sensitive_parts_of_int4(student, tmp_path, algorithm, sensitive):
+    settings = written(student, tmp_path / "a", "onnx-int4", algorithm=algorithm, sensitive=sensitive, block=64)
+    check(student, tmp_path / "a", settings)
+
+
+def test_sizes_that_no_block_divides_are_filled_up(tmp_path):
+    student = save_tiny(tmp_path / "student", "qwen3", hidden_size=40, intermediate_size=72, tie_word_embeddings=True)
+    settings = written(student, tmp_path / "a", "onnx-int4", block=32)
+    check(student, tmp_path / "a", settings)
+
+
+def test_llama3_rope_scaling_survives(tmp_path):
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    student = tiny(tmp_path / "student", "llama", rope_parameters=scaling)
+    written(student, tmp_path / "onnx", "onnx-fp32")
+    check(student, tmp_path / "onnx", export.parse("onnx-fp32"))
+    with pytest.raises(UserError, match="rope scaling 'yarn' is not written to GGUF"):
+        written(tiny(tmp_path / "yarn", rope_parameters=scaling | {"rope_type": "yarn"}), tmp_path / "g", "gguf-f16")
+    written(student, tmp_path / "gguf", "gguf-f32")
+    import gguf
+
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
+    # low frequencies are slowed eightfold, high ones are left alone
+    assert tensors["rope_freqs.weight"].min() == pytest.approx(1.0)
+    assert tensors["rope_freqs.weight"].max() == pytest.approx(8.0)
+
+
+def test_the_tied_table_is_stored_once(student, tmp_path):
+    import onnx_ir as ir
+
+    for name in ("onnx-fp32", "onnx-int8", "onnx-int4"):
+        written(student, tmp_path / name, name)
+        graph = ir.load(tmp_path / name / "model.onnx").graph
+        tables = [v for v in graph.initializers.values() if 264 in v.shape.numpy()[:2]]
+        readers = {node.op_type for value in tables for node in value.consumers()}
+        assert len([value for value in tables if not value.name.endswith("scales")]) == 1, tables
+        assert readers >= ({"Gather", "MatMul"} if name == "onnx-fp32" else {"GatherBlockQuantized", "MatMulNBits"})
+
+
+def test_the_web_folder_has_what_a_browser_asks_for(student, tmp_path):
+    settings = replace(export.parse("onnx-int4"), web=True)
+    export.export(student, settings, tmp_path / "web")
+    files = {str(path.relative_to(tmp_path / "web")) for path in (tmp_path / "web").rglob("*")}
+    names = ("model_q4", "model_q4f16", "model_quantized")
+    assert {f"onnx/{name}.onnx{data}" for name in names for data in ("", "_data")} <= files
+    config = json.loads((tmp_path / "web" / "config.json").read_text())
+    assert config["transformers.js_config"]["dtype"] == "q4"
+    assert (
+        json.loads((tmp_path / "web" / "genai_config.json").read_text())["model"]["decoder"]["filename"]
+        == "onnx/model_q4.onnx"
+    )
+
+
+def test_past_and_present_state_head_dim_as_a_number(student, tmp_path):
+    import onnxruntime
+
+    written(student, tmp_path / "a", "onnx-fp16")
+    session = onnxruntime.InferenceSession(tmp_path / "a" / "model.onnx")
+    caches = [v for v in (*session.get_inputs(), *session.get_outputs()) if v.name.startswith(("past", "present"))]
+    assert {value.shape[-1] for value in caches} == {32}
+    assert {value.type for value in caches} == {"tensor(float16)"}
+    assert next(v for v in session.get_outputs() if v.name == "logits").type == "tensor(float)"
+
+
+# --- rounding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_to_nearest_follows_the_formula(bits):
+    weight = torch.randn(5, 70, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    blocks = round_blocks(weight, bits=bits, block=32)
+    assert blocks.q_NGB.shape == (5, 3, 32)
+    half = 2 ** (bits - 1)
+    padded = torch.nn.functional.pad(weight, (0, 26)).view(5, 3, 32)
+    for n in range(5):
+        for g in range(3):
+            largest = max(padded[n, g].tolist(), key=abs)
+            scale = largest / -half
+            assert float(blocks.scale_NG[n, g]) == pytest.approx(scale, rel=1e-6)
+            expected = [min(2 * half - 1, max(0, round(w / scale) + half)) for w in padded[n, g].tolist()]
+            assert blocks.q_NGB[n, g].tolist() == expected
+
+
+def test_four_bits_are_packed_low_half_first():
+    blocks = round_blocks(torch.tensor([[-8.0, 7.0] + [0.0] * 14]), bits=4, block=16)
+    assert blocks.scale_NG.tolist() == [[1.0]]
+    assert blocks.packed()[0, 0].tolist() == [0 | 15 << 4] + [8 | 8 << 4] * 7
+
+
+def test_a_block_of_zeros_stays_zero():
+    for algorithm in ALGORITHMS:
+        blocks = round_blocks(torch.zeros(2, 32), bits=4, block=16, algorithm=algorithm)
+        zero = 8 if blocks.zero_NG is None else blocks.zero_NG.unsqueeze(-1).float()
+        assert ((blocks.q_NGB.float() - zero) * blocks.scale_NG.unsqueeze(-1)).abs().max() == 0, algorithm
+
+
+def test_searching_a_scale_never_makes_a_block_worse():
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(1))
+
+    def errors(algorithm: str) -> torch.Tensor:
+        blocks = round_blocks(weight, bits=4, block=32, algorithm=algorithm)
+        value = (blocks.q_NGB.float() - 8) * blocks.scale_NG.unsqueeze(-1)
+        return (value - weight.view(16, 8, 32)).square().sum(-1)
+
+    assert (errors("search") <= errors("rtn") + 1e-6).all()
+    assert errors("search").sum() < 0.95 * errors("rtn").sum()
+
+
+# --- what is not the student is caught ------------------------------------------------------------------------------
+
+
+def in_data(folder: Path, tensor: str) -> tuple[Path, int, int]:
+    """The data file of an ONNX folder, and where a tensor lies in it."""
+    import onnx_ir as ir
+
+    stored = ir.load(folder / "model.onnx").graph.initializers[tensor].const_value
+    return folder / "model.onnx.data", stored.offset, stored.length
+
+
+def edit(path: Path, offset: int, change) -> None:
+    """Change bytes of a file from `offset` on: `change` takes and gives 64 of them."""
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 64] = change(bytes(data[offset : offset + 64]))
+    path.write_bytes(data)
+
+
+def another_block(data: bytes) -> bytes:
+    return bytes(255 - byte for byte in data[:16]) + data[16:]
+
+
+def doubled(dtype: str):
+    return lambda data: (numpy.frombuffer(data, dtype) * 2).astype(dtype).tobytes()
+
+
+MATRIX = "model.layers.1.mlp.up_proj.MatMul.weight"
+HF_MATRIX = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("name", ["onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int4"])
+@pytest.mark.parametrize("part", ["weights", "scales"])
+def test_a_changed_onnx_file_is_caught(student, tmp_path, name, part):
+    settings = written(student, tmp_path / "a", name)
+    suffix = {"onnx-int8": "_q8", "onnx-int4": "_q4"}.get(name, "")
+    if part == "scales":
+        if not suffix:
+            pytest.skip("no scales")
+        path, offset, _ = in_data(tmp_path / "a", f"{MATRIX}_scales")
+        edit(path, offset, doubled("<f4"))
+    else:
+        path, offset, _ = in_data(tmp_path / "a", f"{MATRIX}{suffix}")
+        edit(path, offset, another_block)
+    with pytest.raises(CheckFailed, match=rf"{HF_MATRIX}\[\d+, \d+\] is .* more than rounding explains"):
+        check(student, tmp_path / "a", settings)
+
+
+def gguf_offset(path: Path, tensor: str) -> int:
+    import gguf
+
+    return int(next(found for found in gguf.GGUFReader(path).tensors if found.name == tensor).data_offset)
+
+
+@pytest.mark.parametrize("name", ["gguf-f16", "gguf-q8_0", "gguf-q4_0", "gguf-q4_1", "gguf-q5_0", "gguf-q5_1"])
+@pytest.mark.parametrize("part", ["weights", "scales"])
+def test_a_changed_gguf_file_is_caught(student, tmp_path, name, part):
+    settings = written(student, tmp_path / "a", name)
+    path = tmp_path / "a" / "model.gguf"
+    offset = gguf_offset(path, "blk.1.ffn_up.weight")
+    if part == "scales":
+        edit(path, offset, lambda data: doubled("<f2")(data[:2]) + data[2:])
+    else:
+        edit(path, offset + 8, another_block)
+    with pytest.raises(CheckFailed, match="more than rounding explains"):
+        check(student, tmp_path / "a", settings)
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes-nf4", "bitsandbytes-int8"])
+@pytest.mark.parametrize("part", ["weights", "scales"])
+def test_a_changed_bitsandbytes_folder_is_caught(student, tmp_path, name, part):
+    settings = written(student, tmp_path / "a", name)
+    path = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(path)
+    matrix = "model.layers.1.self_attn.o_proj"  # of whole blocks of 64
+    if part == "scales":
+        tensors[f"{matrix}.weight.absmax" if name.endswith("nf4") else f"{matrix}.SCB"] *= 2
+    else:
+        flat = tensors[f"{matrix}.weight"].view(torch.uint8).flatten()
+        flat[:16] = 255 - flat[:16]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckFailed, match="more than rounding explains"):
+        check(student, tmp_path / "a", settings)
+
+
+@pytest.mark.parametrize("name", ["onnx-int4", "gguf-q8_0", "bitsandbytes-nf4"])
+def test_a_swapped_token_is_caught(student, tmp_path, name):
+    settings = written(student, tmp_path / "a", name)
+    path = tmp_path / "a" / "tokenizer.json"
+    state = json.loads(path.read_text())
+    vocab = state["model"]["vocab"]
+    vocab["e"], vocab["o"] = vocab["o"], vocab["e"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(CheckFailed, match=r"the tokenizer reads .Hello, world! .* otherwise from token 1"):
+        check(student, tmp_path / "a", settings)
+
+
+def test_a_swapped_token_inside_a_gguf_file_is_caught(student, tmp_path, monkeypatch):
+    real = gguf_tokenizer.tokenizer_fields
+
+    def swapped(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        fields = real(*args, **kwargs)
+        tokens = fields["tokenizer.ggml.tokens"]
+        tokens[50], tokens[51] = tokens[51], tokens[50]
+        return fields
+
+    with monkeypatch.context() as patch:
+        patch.setattr(to_gguf, "tokenizer_fields", swapped)
+        settings = written(student, tmp_path / "a", "gguf-q8_0")
+    with pytest.raises(CheckFailed, match=r"token 50 is '.+' in the student and '.+' in the GGUF file"):
+        check(student, tmp_path / "a", settings)
+
+
+def test_another_chat_template_is_caught(student, tmp_path):
+    settings = written(student, tmp_path / "a", "onnx-int4")
+    (tmp_path / "a" / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<|end|>", "<|END|>"))
+    with pytest.raises(CheckFailed, match="the chat template gives other ids"):
+        check(student, tmp_path / "a", settings)
+
+
+def test_a_wrong_graph_is_caught_although_every_weight_is_right(student, tmp_path):
+    import onnx_ir as ir
+
+    settings = written(student, tmp_path / "a", "onnx-int4")
+    model = ir.load(tmp_path / "a" / "model.onnx")
+    for node in model.graph:
+        if node.op_type == "GroupQueryAttention" and "layers.2" in node.name:
+            node.attributes["rotary_interleaved"] = ir.AttrInt64("rotary_interleaved", 1)
+    ir.save(model, tmp_path / "a" / "model.onnx")
+    with pytest.raises(CheckFailed, match=r"logits of model.onnx in onnxruntime differ from torch"):
+        check(student, tmp_path / "a", settings)
+
+
+def test_an_unpermuted_gguf_is_caught(student, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(to_gguf, "permuted", lambda name, weight, shape: weight)
+        settings = written(student, tmp_path / "a", "gguf-f16")
+    with pytest.raises(CheckFailed, match=r"self_attn.[qk]_proj.weight.* more than rounding explains"):
+        check(student, tmp_path / "a", settings)
+
+
+def test_a_float_copy_left_behind_shows_in_the_size(student, tmp_path):
+    settings = written(student, tmp_path / "a", "onnx-int8")
+    with (tmp_path / "a" / "model.onnx.data").open("ab") as file:
+        file.write(bytes(264 * 96 * 4))
+    with pytest.raises(CheckFailed, match=r"model.onnx holds [\d,]+ bytes of weights where arithmetic says"):
+        check(student, tmp_path / "a", settings)
+
+
+def test_a_failed_check_keeps_nothing_and_an_older_artifact_stays(student, tmp_path, monkeypatch):
+    out = tmp_path / "kept"
+    export.export(student, export.parse("onnx-int8"), out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    row = FORMATS["onnx"]
+
+    def broken(source: Path, folder: Path, settings: Settings, **options: Any) -> None:
+        row.write(source, folder, settings, **options)
+        path, offset, _ = in_data(folder, f"{MATRIX}_q8")
+        edit(path, offset, another_block)
+
+    monkeypatch.setitem(FORMATS, "onnx", replace(row, write=broken))
+    for target in (out, tmp_path / "new"):
+        with pytest.raises(CheckFailed, match=r"onnx-int8 of .* is not the student, so it was not kept: model\.layers"):
+            export.export(student, export.parse("onnx-int8"), target)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept"]
+
+
+# --- tokenizers -----------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_tokenizer_splits_like_llama_in_every_runtime(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    fields = gguf_tokenizer.tokenizer_fields(DEMO_FOLDER, 2560)
+    assert fields["tokenizer.ggml.pre"] == "llama-bpe"
+    assert fields["tokenizer.ggml.tokens"][tokenizer.eos_token_id] == "<|end|>"
+    assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_a_tokenizer_that_llama_cpp_cannot_split_is_refused_unless_its_rule_is_given(tmp_path):
+    student = tiny(tmp_path / "student")
+    state = json.loads((student / "tokenizer.json").read_text())
+    # across a space, which every rule of llama.cpp's cuts at
+    state["model"]["vocab"]["o\u0120"] = state["model"]["vocab"].pop("\u0120w")
+    state["model"]["merges"][2] = ["o", "\u0120"]
+    state["pre_tokenizer"] |= {"use_regex": False}
+    (student / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(CheckFailed, match=r"llama.cpp splits \d+ of 17 texts otherwise, first .* --tokenizer-pre"):
+        export.export(student, export.parse("gguf-q8_0"), tmp_path / "a")
+    manifest = export.export(student, replace(export.parse("gguf-q8_0"), tokenizer_pre="gpt-2"), tmp_path / "a")
+    assert any("give it token ids" in found.get("warning", "") for found in manifest["checks"])
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tflite", "format 'tflite' is not known; expected one of onnx, bitsandbytes, gguf"),
+        ("onnx-int3", "precision of onnx 'int3' is not known; expected one of fp32, fp16, int8, int4"),
+        ("gguf-q4_k_m", "precision of gguf 'q4_k_m' is not known"),
+    ],
+)
+def test_unknown_formats_and_precisions_are_named(text, message):
+    with pytest.raises(UserError, match=message):
+        export.parse(text)
+
+
+def test_sizes_that_bitsandbytes_kernels_refuse_are_found_before(tmp_path):
+    student = save_tiny(tmp_path / "student")  # hidden 48, ffn 80
+    with pytest.raises(
+        UserError, match="no matrix of this model can be packed as nf4: its sizes are no multiples of 32"
+    ):
+        export.export(student, export.parse("bitsandbytes-nf4"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    partly = Checkpoint(tiny(tmp_path / "partly", hidden_size=128)).shape  # ffn 160 is no multiple of 64
+    assert to_bitsandbytes.refused(partly, "nf4") == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+
+
+def test_an_architecture_the_builder_does_not_know_is_one_line(student, tmp_path):
+    from shutil import copytree
+
+    copytree(student, tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["LlamaForSomethingElse"]}))
+    with pytest.raises(UserError, match="builder does not know this architecture"):
+        export.export(tmp_path / "other", export.parse("onnx-fp32"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_window_of_attention_is_not_lost_in_gguf(tmp_path):
+    student = tiny(tmp_path / "student", "mistral", sliding_window=16)
+    with pytest.raises(UserError, match="attends to a window of 16 tokens"):
+        export.export(student, export.parse("gguf-f16"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_unverified_folder_of_another_model_does_not_pass(student, tmp_path):
+    other = tiny(tmp_path / "other", "llama-tied", seed=1)
+    settings = written(other, tmp_path / "a", "onnx-int8")
+    with pytest.raises(CheckFailed, match="more than rounding explains"):
+        check(student, tmp_path / "a", settings)
+
+
+def test_the_reference_is_left_with_the_weights_that_the_runtime_holds(student, tmp_path):
+    """What read_back gives, put into torch, is what the runtime computes: its reading is right, not only consistent."""
+    settings = written(student, tmp_path / "a", "gguf-q4_0")
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value, _, _ in read_back.gguf_weights(tmp_path / "a" / "model.gguf", Checkpoint(student).shape):
+            parameters[name].copy_(value)
+    ids = torch.arange(3, 40)
+    torch.testing.assert_close(FORMATS["gguf"].open(tmp_path / "a").logits(ids), model(ids[None]).logits[0].detach())
+    assert to_onnx.graphs(export.parse("onnx-int4")) == {"int4": "model.onnx"}
+    assert settings.name == "gguf-q4_0"
