@@ -1,6 +1,6 @@
 """compressor: prune a language model to a size, distill it back to health, prove it.
 
-What a command does, one function here does: `plan`, `distill`, `evaluate`, `package` (see compressor.pipeline).
+What a command does, one function here does: see `__all__`, and compressor.pipeline.
 """
 
 import sys
@@ -9,9 +9,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pipeline import distill, evaluate, package, plan
+    from .pipeline import bench, distill, evaluate, export, package, plan
 
-__all__ = ["distill", "evaluate", "package", "plan"]
+__all__ = ["bench", "distill", "evaluate", "export", "package", "plan"]
 
 
 class _Package(ModuleType):

@@ -101,6 +101,12 @@ def distill(
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/TEACHER-TARGET]")] = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
+    export: Annotated[
+        str | None, typer.Option(metavar="FORMATS", help="Export the student too: onnx-int4,gguf-q8_0, ...")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="PROFILE", help="Hold the exports to a device, such as raspberry-pi-5-8gb.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -108,9 +114,15 @@ def distill(
     if dry_run:
         return plan(teacher, target, data, recipe, settings, as_json)
     from . import pipeline
+    from .recipe import merged
 
+    values = _recipe_values(teacher, target, data, recipe, settings)
+    if export is not None:
+        values = merged(values, {"export": {"formats": [part.strip() for part in export.split(",") if part.strip()]}})
+    if device is not None:
+        values = merged(values, {"export": {"device": device}})
     try:
-        report = pipeline.distill(_recipe_values(teacher, target, data, recipe, settings), out=out, say=_say)
+        report = pipeline.distill(values, out=out, say=_say)
     except CheckFailed as failed:
         if as_json:
             _print_json(failed.result)
@@ -151,6 +163,115 @@ def evaluate(
         from .report import render_evaluation
 
         render_evaluation(result)
+
+
+@app.command()
+def export(
+    format: Annotated[str, typer.Argument(help="onnx, bitsandbytes or gguf.")],
+    what: Annotated[str, typer.Argument(help=WHAT_HELP)],
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="onnx: fp32, fp16, int8, int4. bitsandbytes: nf4, int8. gguf: f32, f16, bf16, q8_0, ... q4_0."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder. [default: RUN/export/FORMAT-PRECISION, else exports/NAME-...]")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="onnx: weights that share a scale.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="onnx int4: rtn, search, k_quant or hqq.")] = None,
+    sensitive: Annotated[
+        str | None, typer.Option(help="onnx int4: what stays at 8 bits: head, first, last, comma between; or none.")
+    ] = None,
+    web: Annotated[
+        bool, typer.Option("--web", help="onnx: in the layout of transformers.js, for browsers too.")
+    ] = False,
+    tokenizer_pre: Annotated[
+        str | None, typer.Option(help="gguf: llama.cpp's name of the tokenizer's splitting rule. [default: found]")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="The teacher to compare with. [default: a run's own]")] = None,
+    data: Data = None,
+    prompts: Annotated[int | None, typer.Option(help="Tasks per skill. [default: a run's own, or 100]", min=1)] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Held-out tokens. [default: a run's own, or 100000]", min=1)
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure fidelity and skills of the verified artifact.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Write a model in a format that devices run; verified against the model, or not written."""
+    from export import settings_of
+
+    from . import pipeline
+
+    settings = settings_of(
+        format,
+        precision,
+        block=block_size,
+        algorithm=algorithm,
+        sensitive=sensitive,
+        web=web or None,
+        tokenizer_pre=tokenizer_pre,
+    )
+    result = pipeline.export(
+        what,
+        settings,
+        out=out,
+        against=against,
+        data=data,
+        prompts=prompts,
+        tokens=tokens,
+        measured=measure,
+        say=_say,
+    )
+    if as_json:
+        _print_json(result)
+    else:
+        from export.tables import render_export
+
+        render_export(result)
+
+
+@app.command()
+def bench(
+    what: Annotated[
+        list[str], typer.Argument(help="Run folders, model folders, exported folders, Hub ids, or `demo`.")
+    ],
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="PROFILE", help="Hold memory and disk to a device and estimate its latency."),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="memory=1GiB, disk=2GB, ttft=500ms, load=5s, decode=20, prefill=100; repeatable."),
+    ] = None,
+    versus: Annotated[bool, typer.Option("--vs", help="Run them in turn and compare pair by pair.")] = False,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Name the best that fits, of a run its artifacts too, or the target that would."),
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="[default: the processors there are]", min=1)] = None,
+    repeats: Annotated[int | None, typer.Option(help="Runs at each prompt length. [default: 5]", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure latency and memory, each artifact in a fresh process; exit 1 where a budget is missed."""
+    from . import pipeline
+
+    def show(result: dict[str, Any]) -> None:
+        from export.tables import render_bench
+
+        _print_json(result) if as_json else render_bench(result)
+
+    try:
+        result = pipeline.bench(
+            what, device=device, budgets=budget, versus=versus, fit=fit, threads=threads, repeats=repeats, say=_say
+        )
+    except CheckFailed as failed:
+        if failed.result:
+            show(failed.result)
+        raise
+    show(result)
 
 
 @app.command()

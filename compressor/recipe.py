@@ -84,6 +84,13 @@ class Evaluate(Section):
     max_new_tokens: int = Field(128, gt=0, description="longest answer")
 
 
+class Export(Section):
+    """What the finished student is turned into, and the device it is held to."""
+
+    formats: list[str] = Field([], description="such as onnx-int4 or gguf-q8_0; each is verified and measured")
+    device: str | None = Field(None, description="a device profile, see docs/bench.md; a missed budget is exit code 1")
+
+
 class Recipe(Section):
     """A whole run. `teacher` and `target` are enough; the sections fill themselves."""
 
@@ -94,6 +101,7 @@ class Recipe(Section):
     importance: Importance = Field(default_factory=Importance)  # pyright: ignore[reportArgumentType]
     distill: Distill = Field(default_factory=Distill)  # pyright: ignore[reportArgumentType]
     evaluate: Evaluate = Field(default_factory=Evaluate)  # pyright: ignore[reportArgumentType]
+    export: Export = Field(default_factory=Export)  # pyright: ignore[reportArgumentType]
 
     def to_yaml(self) -> str:
         """The whole recipe, keys in the order of the story."""

@@ -137,6 +137,8 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.student = self.folder / "student"
         self.evaluation = self.folder / "evaluation.json"
+        self.export = self.folder / "export"
+        self.exports = self.export / "exports.json"
         self.report = self.folder / "report.json"
 
     @contextmanager

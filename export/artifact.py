@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.checkpoint import Checkpoint
 from compressor.errors import CheckFailed
 from compressor.run import read_json, staged, write_json
+from compressor.units import size
 
 from .memory import peak_memory
 from .settings import Settings
@@ -81,6 +82,47 @@ def read_manifest(folder: Path | str) -> dict[str, Any] | None:
     """What an artifact's export.json says, or None for a folder without one. UserError for a broken one."""
     path = Path(folder) / MANIFEST
     return read_json(path) if path.is_file() else None
+
+
+def record(manifest: dict[str, Any], timed: dict[str, Any], *, path: str) -> dict[str, Any]:
+    """One entry of a report's exports[]: what the artifact is, how near to the student, how fast, how large."""
+    agreement = manifest["agreement"]
+    student, teacher = agreement["student"] or {}, agreement["teacher"] or {}
+    return {
+        "format": manifest["format"],
+        "precision": manifest["precision"],
+        "path": path,
+        "bytes": manifest["bytes"],
+        "kl_student": student.get("kl"),
+        "kl_teacher": teacher.get("kl"),
+        "top1": student.get("top1"),
+        "perplexity": manifest["perplexity"],
+        "skills": {skill: found["score"] for skill, found in manifest["skills"].items()},
+        "overall": (manifest["overall"] or {}).get("score"),
+        "runtime": timed["runtime"],
+        "load_s": timed["load_s"],
+        "prompt": timed["headline"]["prompt"],
+        "ttft_ms": 1e3 * timed["headline"]["ttft_p50_s"],
+        "decode_tokens_per_s": timed["headline"]["decode_tokens_per_s"],
+        "peak_rss_bytes": timed["memory"]["peak_rss_bytes"],
+        "estimate": timed["estimate"].get("device"),
+        "budget": timed["budget"],
+    }
+
+
+def describe(record: dict[str, Any]) -> str:
+    """A record in one line."""
+    name = f"{record['format']}-{record['precision']}"
+    if record.get("failed"):
+        return f"{name}: not kept"
+    parts = [size(record["bytes"])]
+    if record["overall"] is not None:
+        parts.append(f"skills {record['overall']:.1%}")
+    if record["kl_student"] is not None:
+        parts.append(f"KL {record['kl_student']:.3g} to the student")
+    parts += [f"{record['decode_tokens_per_s']:,.0f} tokens/s", f"TTFT {record['ttft_ms']:.0f} ms"]
+    parts.append(f"{size(record['peak_rss_bytes'])} peak memory")
+    return f"{name}: {', '.join(parts)}"
 
 
 def _digest(path: Path) -> str:

@@ -65,6 +65,8 @@ def tokenizer_fields(student: Path, vocab: int, *, pre: str | None = None) -> di
         if pre is not None:
             raise UserError("a SentencePiece tokenizer has no splitting rule; expected none; leave --tokenizer-pre out")
     else:
+        if not merges:
+            raise UserError("the tokenizer has no merges, and llama.cpp loads none without; export to onnx instead")
         fields["tokenizer.ggml.merges"] = merges
         fields["tokenizer.ggml.pre"] = pre or nearest_pre(tokenizer)
         if fields["tokenizer.ggml.pre"] not in PRE:

@@ -16,16 +16,19 @@ KINDS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 class PlainOnnx:
     """One decoder graph with inputs input_ids, attention_mask, past_key_values.* and outputs logits, present.*.
 
+    exact: multiply packed weights by activations in float32, which the graph as it stands rounds to int8.
     Raises UserError for a file that onnxruntime cannot open.
     """
 
-    def __init__(self, graph: Path) -> None:
+    def __init__(self, graph: Path, *, exact: bool = False) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
         try:
-            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            source = _in_float32(graph) if exact else graph
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no base class
             why = str(error).strip().splitlines()[0]
             raise UserError(
@@ -52,3 +55,14 @@ class PlainOnnx:
             past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
             found.append(torch.from_numpy(outputs["logits"][0]))
         return torch.cat(found)
+
+
+def _in_float32(graph: Path) -> bytes:
+    """The graph, its weights still in their file, with float32 activations asked of every packed product."""
+    import onnx_ir as ir
+
+    model = ir.load(graph)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    return ir.to_proto(model).SerializeToString()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from compressor.errors import UserError
@@ -68,6 +68,23 @@ class Settings:
         if name.startswith("lm_head") or (tied and "embed_tokens" in name):
             part = "head"
         return 8 if part in self.sensitive else 4
+
+
+def settings_of(format: str, precision: str | None = None, **dials: Any) -> Settings:
+    """Settings with the dials that are not None; `sensitive` is a text, its parts separated by commas, or "none".
+
+    Raises UserError for a dial that the format does not have.
+    """
+    settings = parse(f"{format}-{precision}" if precision else format)
+    given = {key: value for key, value in dials.items() if value is not None}
+    for key in given:
+        if key not in settings.to_dict():
+            known = ", ".join(list(settings.to_dict())[2:]) or "none"
+            raise UserError(f"{key} is no dial of {settings.name}; expected {known}; leave it out")
+    if "sensitive" in given:
+        parts = given["sensitive"].split(",")
+        given["sensitive"] = () if parts == ["none"] else tuple(part.strip() for part in parts)
+    return replace(settings, **given)
 
 
 def _known(what: str, value: Any, known: tuple[Any, ...]) -> None:

@@ -457,6 +457,11 @@ def test_an_architecture_the_builder_does_not_know_is_one_line(student, tmp_path
     assert not (tmp_path / "a").exists()
 
 
+def test_a_tokenizer_without_merges_is_refused_by_gguf(tmp_path):
+    with pytest.raises(UserError, match="the tokenizer has no merges"):
+        export.export(save_tiny(tmp_path / "student"), export.parse("gguf-f16"), tmp_path / "a")
+
+
 def test_a_window_of_attention_is_not_lost_in_gguf(tmp_path):
     student = tiny(tmp_path / "student", "mistral", sliding_window=16)
     with pytest.raises(UserError, match="attends to a window of 16 tokens"):

@@ -462,3 +462,65 @@ def test_two_launched_processes_make_the_student_of_one(world, finished, tmp_pat
     ours, theirs = weights(tmp_path / "run" / "student"), weights(finished[0] / "student")
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=5e-4, msg=name)
+
+
+def test_a_run_can_end_in_exports_held_to_a_device(world, tmp_path):
+    values = recipe(world) | {"export": {"formats": ["onnx-int8", "bitsandbytes-int8"], "device": "raspberry-pi-5-8gb"}}
+    lines: list[str] = []
+    result = compressor.distill(values, out=tmp_path / "run", say=lines.append)
+    assert [line.split()[0] for line in lines if not line.startswith(" ")][-2:] == ["export", "report"]
+    assert [one["path"] for one in result["exports"]] == ["export/onnx-int8", "export/bitsandbytes-int8"]
+    for one in result["exports"]:
+        assert one["bytes"] == read_json(tmp_path / "run" / one["path"] / "export.json")["bytes"]
+        assert one["kl_student"] < 0.05 < one["kl_teacher"] + 10
+        assert one["ttft_ms"] > 0 < one["decode_tokens_per_s"]
+        assert [line["budget"] for line in one["budget"]] == ["memory", "disk"]
+        assert all(line["passed"] for line in one["budget"])
+        assert one["estimate"]["expected"]["ttft_s"] >= one["estimate"]["roofline"]["ttft_s"] > 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Exports: size against quality" in page
+    assert "onnx-int8" in (tmp_path / "run" / "report.md").read_text()
+    found = compressor.evaluate(str(tmp_path / "run" / "export" / "onnx-int8"), prompts=2)  # the run's data and teacher
+    assert found["result"]["perplexity"] == pytest.approx(result["exports"][0]["perplexity"], rel=0.2)
+    fit = compressor.bench([str(tmp_path / "run")], budgets=["memory=100GiB"], fit=True, repeats=1)
+    assert {Path(one["what"]).name for one in fit["artifacts"]} == {"student", "onnx-int8", "bitsandbytes-int8"}
+
+
+def test_an_export_that_fails_verification_is_in_the_report_and_is_exit_1(world, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from export.formats import FORMATS
+
+    row = FORMATS["onnx"]
+
+    def truncated(student: Path, folder: Path, settings, **options) -> None:
+        row.write(student, folder, settings, **options)
+        data = folder / "model.onnx.data"
+        data.write_bytes(data.read_bytes()[:-64] + bytes(64))
+
+    monkeypatch.setitem(FORMATS, "onnx", replace(row, write=truncated))
+    values = recipe(world) | {"export": {"formats": ["onnx-fp32", "bitsandbytes-int8"]}}
+    with pytest.raises(CheckFailed, match=r"onnx-fp32 .* is not the student") as failed:
+        compressor.distill(values, out=tmp_path / "run")
+    one, two = failed.value.result["exports"]
+    assert one["path"] is None
+    assert "is not the student" in one["failed"]
+    assert two["path"] == "export/bitsandbytes-int8"
+    assert not (tmp_path / "run" / "export" / "onnx-fp32").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"formats": ["onnx-int5"]}, "precision of onnx 'int5' is not known"),
+        (
+            {"formats": ["onnx-int4"], "device": "toaster"},
+            "device 'toaster' is not known; expected one of host, android",
+        ),
+        ({"device": "laptop-8gb"}, "nothing is exported"),
+    ],
+)
+def test_a_bad_export_is_told_before_anything_is_computed(world, tmp_path, section, says):
+    with pytest.raises(UserError, match=says):
+        compressor.distill(recipe(world) | {"export": section}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

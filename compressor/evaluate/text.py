@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy
 import torch
 
 from ..data import IGNORED, check_same_tokens, num_ids, position_ids
@@ -25,16 +26,18 @@ def measure(
     chunk_tokens: int = 256,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> dict[str, Any]:
-    """perplexity, bits_per_byte, heldout_tokens and agreement {kl, top1} over batches of `data.text_batches`.
+    """perplexity, bits_per_byte, heldout_tokens and agreement over batches of `data.text_batches`.
 
-    Values are None where there is nothing to measure (no batches, no byte counts, no `against`).
+    agreement with `against`: kl (mean), kl_median and kl_p99 over tokens, top1, and perplexity_ratio (ours over
+    theirs). Values are None where there is nothing to measure (no batches, no byte counts, no `against`).
     Raises UserError when `against` does not share token ids.
     """
     vocab = num_ids(runtime.tokenizer)
     if against is not None:
         check_same_tokens(against.tokenizer, runtime.tokenizer)
-    nats = kl = 0.0
+    nats = their_nats = 0.0
     tokens = bytes_seen = agreed = 0
+    divergences: list[torch.Tensor] = []
     total = len(batches) if isinstance(batches, list) else None
     for done, batch in enumerate(batches, start=1):
         targets_BT = next_tokens(batch)
@@ -51,9 +54,10 @@ def measure(
             tokens += len(targets_N)
             if theirs is not None:
                 log_p_NV = next(theirs)[:, :vocab].log_softmax(-1).to(log_q_NV.device)
+                their_nats -= log_p_NV.gather(1, targets_N.unsqueeze(1)).double().sum().item()
                 shared = min(log_p_NV.shape[1], log_q_NV.shape[1])
                 log_p_NV, log_q_NV = log_p_NV[:, :shared], log_q_NV[:, :shared]
-                kl += (log_p_NV.exp() * (log_p_NV - log_q_NV)).double().sum().item()
+                divergences.append((log_p_NV.exp() * (log_p_NV - log_q_NV)).double().sum(-1).cpu())
                 agreed += int((log_p_NV.argmax(-1) == log_q_NV.argmax(-1)).sum())
         if progress is not None:
             progress("held-out text", done, total)
@@ -63,8 +67,22 @@ def measure(
         "perplexity": math.exp(mean) if mean is not None and mean < 690 else None,
         "bits_per_byte": nats / math.log(2) / bytes_seen if bytes_seen and math.isfinite(nats) else None,
         "heldout_tokens": tokens,
-        "agreement": {"kl": kl / tokens, "top1": agreed / tokens} if tokens and against is not None else None,
+        "agreement": _agreement(torch.cat(divergences), agreed / tokens, nats - their_nats) if divergences else None,
     }
+
+
+def _agreement(kl_N: torch.Tensor, top1: float, excess_nats: float) -> dict[str, float | None]:
+    """Mean and quantiles of the KL divergence of every token; JSON has no place for one that is not finite."""
+    median, p99 = numpy.quantile(kl_N.numpy(), [0.5, 0.99]).tolist()
+    excess = excess_nats / len(kl_N)
+    values = {
+        "kl": kl_N.mean().item(),
+        "kl_median": median,
+        "kl_p99": p99,
+        "top1": top1,
+        "perplexity_ratio": math.exp(excess) if excess < 690 else math.inf,
+    }
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
 def next_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -38,6 +38,7 @@ def write(folder: Path | str, *, status: str = "done") -> dict[str, Any]:
         shape=read_json(run.shape),
         facts=read_json(run.facts),
         metrics=metrics,
+        exports=read_json(run.exports) if run.exports.exists() else [],
         name=run.folder.resolve().name,
         status=status,
     )
@@ -53,6 +54,7 @@ def build(
     shape: dict[str, Any],
     facts: dict[str, Any],
     metrics: list[dict[str, Any]],
+    exports: list[dict[str, Any]] | None = None,
     name: str = "",
     status: str = "done",
 ) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def build(
         "shape": {"teacher": shape["teacher"], "student": shape["student"]},
         "kept": shape.get("kept"),
         "samples": _samples(evaluation),
+        "exports": exports or [],
         "versions": facts.get("versions", {}),
         "seeds": facts.get("seeds", {}),
         "fingerprints": facts.get("fingerprints", {}),
@@ -223,6 +226,23 @@ def _agreed(model: dict[str, Any], key: str) -> str:
     return number(value) if key == "kl" else percent(value)
 
 
+EXPORT_HEADER = ["export", "size", "skills", "KL to the student", "same top token", "TTFT", "decode", "peak memory"]
+
+
+def export_rows(report: dict[str, Any]) -> list[list[str]]:
+    """One row per export, under EXPORT_HEADER."""
+    rows = []
+    for one in report["exports"]:
+        name = f"{one['format']}-{one['precision']}"
+        if one.get("failed"):
+            rows.append([name, "not kept", *["-"] * (len(EXPORT_HEADER) - 2)])
+            continue
+        quality = [percent(one["overall"]), number(one["kl_student"]), percent(one["top1"])]
+        speed = [f"{one['ttft_ms']:.0f} ms", f"{one['decode_tokens_per_s']:,.0f} tokens/s", size(one["peak_rss_bytes"])]
+        rows.append([name, size(one["bytes"]), *quality, *speed])
+    return rows
+
+
 def shape_rows(report: dict[str, Any]) -> list[list[str]]:
     """Size, teacher, student."""
     teacher, student = report["shape"]["teacher"], report["shape"]["student"]
@@ -255,6 +275,9 @@ def render_markdown(report: dict[str, Any]) -> str:
     recovered = [[k, percent(v)] for k, v in report["recovery"]["skills"].items() if v is not None]
     if recovered:
         parts += ["## Recovered (student / teacher)", markdown_table(["skill", "share"], recovered)]
+    if report["exports"]:
+        parts += ["## Exports", markdown_table(EXPORT_HEADER, export_rows(report))]
+        parts += [f"{_cell(one['failed'])}." for one in report["exports"] if one.get("failed")]
     parts += ["## Shape", markdown_table(["", "teacher", "student"], shape_rows(report))]
     if report["kept"]:
         parts += ["## Kept", "\n".join(f"- {line}" for line in kept_lines(report["kept"]))]

@@ -4,8 +4,8 @@ from html import escape
 from typing import Any
 
 from ..units import duration
-from . import MODELS, headline, kept_lines, model_rows, percent, shape_rows
-from .plots import loss_plot, shape_plot, skills_plot
+from . import EXPORT_HEADER, MODELS, export_rows, headline, kept_lines, model_rows, percent, shape_rows
+from .plots import exports_plot, loss_plot, shape_plot, skills_plot
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #1d2430; --soft: #5c6675;
@@ -79,6 +79,7 @@ def render_html(report: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
         _card("Skills, with 95 % intervals", skills_plot(report)),
         _card("Loss against tokens", loss_plot(metrics)),
         _card("Teacher, pruned and student", _models(report), wide=True),
+        _card("Exports", _exports(report) if report["exports"] else None, wide=True),
         _card("Shape, side by side", shape_plot(report)),
         _card("Sizes", _table(["", "teacher", "student"], shape_rows(report))),
         _card("What was kept", _kept(report["kept"]) if report["kept"] else None, wide=True),
@@ -120,6 +121,13 @@ def _models(report: dict[str, Any]) -> str:
             row[-1] = percent(recovered[row[0]])
     note = "Skills: share of exact successes. Ratio: student / teacher, the share recovered."
     return _table(["", *MODELS, "ratio"], rows) + f'<p class="note">{note}</p>'
+
+
+def _exports(report: dict[str, Any]) -> str:
+    failed = "".join(f'<p class="note">{escape(one["failed"])}</p>' for one in report["exports"] if one.get("failed"))
+    note = "Time to first token and decoding at a prompt of 128 tokens, or the longest the model takes below it."
+    plot = exports_plot(report) or ""
+    return f'{plot}{_table(EXPORT_HEADER, export_rows(report))}{failed}<p class="note">{note}</p>'
 
 
 def _kept(kept: dict[str, Any]) -> str:

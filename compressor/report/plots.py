@@ -112,6 +112,44 @@ def shape_plot(report: dict[str, Any]) -> str:
     return _svg(figure, "Shapes of teacher and student side by side")
 
 
+def exports_plot(report: dict[str, Any]) -> str | None:
+    """Size against quality, the marks as large as decoding is fast; None where nothing was exported.
+
+    Quality is the skill score, or the share of same top tokens as the student where no skill was asked.
+    """
+    found = [one for one in report["exports"] if not one.get("failed")]
+    asked = bool(found) and all(one["overall"] is not None for one in found)
+    key = "overall" if asked else "top1"
+    if not found or any(one[key] is None for one in found):
+        return None
+    figure, axes = _figure(height=2.9)
+    fastest = max(one["decode_tokens_per_s"] for one in found)
+    for one in found:
+        area = 40 + 260 * one["decode_tokens_per_s"] / fastest
+        mebibytes = one["bytes"] / 2**20
+        axes.scatter([mebibytes], [100 * one[key]], s=area, color=STUDENT, alpha=0.75, linewidths=0)
+        label = f"{one['format']}-{one['precision']}\n{one['decode_tokens_per_s']:,.0f} tokens/s"
+        axes.annotate(
+            label,
+            (mebibytes, 100 * one[key]),
+            (0, -12),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            color=INK,
+            fontsize=8,
+        )
+    if asked and report["student"]["overall"]["score"] is not None:
+        axes.axhline(
+            100 * report["student"]["overall"]["score"], color=TEACHER, linewidth=1, linestyle="--", label="student"
+        )
+        _legend(axes)
+    axes.margins(x=0.25, y=0.5)
+    axes.set_xlabel("MiB on disk")
+    axes.set_ylabel("skills, %" if asked else "same top token as the student, %")
+    return _svg(figure, "Exports: size against quality, larger marks decode faster")
+
+
 def _figure(*, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 

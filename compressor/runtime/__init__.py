@@ -13,7 +13,17 @@ from .in_gguf import LlamaCppRuntime, open_gguf
 from .in_onnx import GENAI_CONFIG, OnnxRuntime
 from .in_torch import TorchRuntime
 
-__all__ = ["LlamaCppRuntime", "OnnxRuntime", "Runtime", "TorchRuntime", "load", "prompt_ids", "stop_ids"]
+__all__ = [
+    "LlamaCppRuntime",
+    "OnnxRuntime",
+    "Runtime",
+    "TorchRuntime",
+    "is_artifact",
+    "load",
+    "name_of",
+    "prompt_ids",
+    "stop_ids",
+]
 
 
 def load(what: Path | str, *, batch_size: int = 64, threads: int | None = None, **options: Any) -> Runtime:
@@ -29,3 +39,14 @@ def load(what: Path | str, *, batch_size: int = 64, threads: int | None = None, 
     from ..checkpoint import resolve
 
     return TorchRuntime(resolve(str(what)), batch_size=batch_size)
+
+
+def is_artifact(what: Path | str) -> bool:
+    """Whether a folder holds an ONNX graph or a GGUF file of ours, which no checkpoint's loader would find."""
+    return any((Path(what) / name).is_file() for name in (GENAI_CONFIG, GGUF_FILE))
+
+
+def name_of(runtime: Runtime) -> str:
+    """The library that runs it: onnxruntime-genai, llama.cpp or transformers."""
+    names: dict[type, str] = {OnnxRuntime: "onnxruntime-genai", LlamaCppRuntime: "llama.cpp"}
+    return names.get(type(runtime), "transformers")

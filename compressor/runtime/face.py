@@ -27,6 +27,7 @@ class Runtime(Protocol):
     nbytes: int
     parameters: int
     context: int
+    kv_bytes_per_value: int  # of the KV cache
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (T,) -> logits (T, V) in float32."""

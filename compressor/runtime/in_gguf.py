@@ -29,6 +29,8 @@ class LlamaCppRuntime(Speaker):
     Raises UserError for a file that llama.cpp cannot open.
     """
 
+    kv_bytes_per_value = 2  # float16, llama.cpp's default
+
     def __init__(self, folder: Path | str, *, threads: int | None = None, context: int | None = None) -> None:
         from ..checkpoint import load_tokenizer, read_config
         from ..shape import Shape

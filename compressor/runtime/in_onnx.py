@@ -44,6 +44,7 @@ class OnnxRuntime(Speaker):
                 "export it again"
             ) from error
         self.context: int = settings["context_length"]
+        self.kv_bytes_per_value = 2 if _half(graph) else 4
         self.nbytes = sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
         self.tokenizer = load_tokenizer(self.folder)
         stated = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
@@ -93,6 +94,14 @@ class OnnxRuntime(Speaker):
         import numpy
 
         return numpy.array(values, dtype=numpy.float32)
+
+
+def _half(graph: Path) -> bool:
+    """Whether a graph keeps its KV cache in 16 bits."""
+    import onnx_ir
+
+    inputs = onnx_ir.load(graph).graph.inputs
+    return any(value.dtype == onnx_ir.DataType.FLOAT16 for value in inputs)
 
 
 def _int32(ids: list[int]) -> Any:

@@ -46,6 +46,7 @@ class TorchRuntime(Speaker):
         else:
             self.model = checkpoint.load_model(self.folder, dtype=dtype, device=device)
         self.parameters: int = self.model.num_parameters()  # which counts packed weights, not bytes
+        self.kv_bytes_per_value: int = self.model.dtype.itemsize
         self.context = getattr(self.model.config, "max_position_embeddings", None) or 2**31
         self.stops = stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)
 

@@ -1,0 +1,203 @@
+"""The story: from a checkpoint and a target to a healthy smaller student. Read this first.
+
+Each stage (`stages`) loads what it needs from the run folder, calls one room of the house, saves, and is marked done; a
+stage that is marked is never run again, so running the same command again resumes. The rooms know nothing of each
+other: they meet here, through values and files. What is done with a finished run is in `finished`.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import recipe as recipes
+from ..architecture import choose, parse_target
+from ..errors import CheckFailed, UserError
+from ..run import RANK, Run, read_json, write_text
+from ..shape import Shape
+from .finished import bench, evaluate, export, package
+from .stages import STAGES, Job, Say, distill_student, hush, quiet
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+    from ..plan import Plan
+    from ..recipe import Recipe
+
+__all__ = ["bench", "distill", "evaluate", "export", "package", "plan"]
+
+PATIENCE_SECONDS = 600  # that other processes wait for the first one to open the run folder
+
+
+def plan(recipe: Recipe | dict[str, Any]) -> Plan:
+    """What `distill` would do: shapes, bytes, memory, time. UserError for a bad recipe, teacher or target."""
+    from ..plan import plan
+
+    return plan(_checked(recipe))
+
+
+def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, say: Say = quiet) -> dict[str, Any]:
+    """Run every stage that is not done yet in the run folder `out`, and return the report.
+
+    `recipe` is a Recipe or its nested values; `say` is handed a line per stage. Raises UserError for input that has to
+    change, CheckFailed when the student came out worse than it went in (report and best checkpoint are still written).
+    Under `accelerate launch` or `torchrun` every process calls this: all of them train, the first does the rest and
+    has the report, the others return {}.
+    """
+    from accelerate import PartialState
+
+    from ..checkpoint import Checkpoint, resolve
+    from ..data import DEFAULT_DATA
+    from ..plan import hub_name, teacher_config
+    from ..train import check
+
+    hush()
+    if RANK:
+        say = quiet
+    recipe = _checked(recipe)
+    _check_exports(recipe)
+    # a target that cannot be met is told from the config alone, before gigabytes are fetched
+    choose(parse_target(recipe.target), Shape.from_config(teacher_config(recipe.teacher)))
+    teacher = Checkpoint(resolve(hub_name(recipe.teacher)))
+    teacher.check()
+    shape = choose(parse_target(recipe.target), teacher.shape)
+    positions = teacher.config.get("max_position_embeddings") or recipe.data.context
+    sizes = {"teacher": teacher.shape, "student": shape, "max_positions": positions}
+    recipe = recipes.resolve(recipe, **sizes, processes=PartialState().num_processes)
+    if recipe.data.source is None:
+        say(f"data: {DEFAULT_DATA} (the default; choose another with --data)")
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": DEFAULT_DATA})})
+    run = Run(out or Path("runs") / _slug(f"{Path(recipe.teacher).name}-{recipe.target}"))
+    job = Job(run, recipe, teacher, shape, say)
+    if RANK:
+        return _assist(job)
+    with run.locked():
+        if run.done("distill") is None:  # what cannot be trained is told before anything is computed
+            check(batches=job.batches, heldout=job.heldout, settings=recipe.distill)
+            _check_ids(job)
+        _open(run, recipe, teacher)
+        for name, stage in STAGES.items():
+            if name == "export" and not recipe.export.formats:
+                continue
+            if (mark := run.done(name)) is not None:
+                say(f"{name:<11} done before ({mark['seconds']:.1f} s)")
+                continue
+            started = time.monotonic()
+            job.facts = {}
+            summary = stage(job)
+            run.mark(name, started=started, **job.facts)
+            say(f"{name:<11} {time.monotonic() - started:6.1f} s  {summary}")
+        result = _with_files(run)
+        distilled = run.done("distill") or {}
+    if distilled["status"] != "ok":
+        raise CheckFailed(f"{distilled['summary']}; see {run.folder / 'report.html'}", result)
+    for one in result["exports"]:
+        if one.get("failed"):
+            raise CheckFailed(one["failed"], result)
+        if missed := [line for line in one["budget"] if not line["passed"]]:
+            from export.tables import budget_line
+
+            raise CheckFailed(f"budget missed: {budget_line(one['path'], missed[0])}", result)
+    return result
+
+
+def _check_exports(recipe: Recipe) -> None:
+    """A format or device that is not known is told before anything is computed."""
+    if not recipe.export.formats and recipe.export.device is None:
+        return
+    import export
+
+    for text in recipe.export.formats:
+        export.parse(text)
+    if recipe.export.device is not None:
+        export.known_device(recipe.export.device)
+        if not recipe.export.formats:
+            raise UserError("export.device is set, but nothing is exported; expected --export FORMAT; name one")
+
+
+def _check_ids(job: Job) -> None:
+    """A tokenizer can have more tokens than its model knows: harmless until the data use one."""
+    largest = max(int(batch["input_ids"].max()) for batch in job.heldout)
+    if largest >= job.teacher.shape.vocab:
+        raise UserError(
+            f"the data hold the token id {largest}, but the teacher knows {job.teacher.shape.vocab} ids; expected a "
+            "tokenizer that fits the weights; use the one that came with them"
+        )
+
+
+def _assist(job: Job) -> dict[str, Any]:
+    """What every process but the first does: wait until the student is cut, and train along.
+
+    The launcher ends us if the first process fails. Raises UserError where its run folder never comes into sight.
+    """
+    started = time.monotonic()
+    while job.run.done("surgery") is None:
+        if not job.run.recipe.exists() and time.monotonic() - started > PATIENCE_SECONDS:
+            raise UserError(
+                f"no {job.run.folder} after {PATIENCE_SECONDS // 60} minutes; expected a run folder that all processes "
+                "see; put --out on a shared disk"
+            )
+        time.sleep(0.5)
+    if job.run.done("distill") is None:
+        distill_student(job)
+    return {}
+
+
+# --- small things -----------------------------------------------------------------------------------------------------
+
+
+def _checked(recipe: Recipe | dict[str, Any]) -> Recipe:
+    if not isinstance(recipe, dict):
+        return recipe
+    if recipe.get("teacher") == "demo":
+        recipe = recipes.merged(recipes.load_values("demo"), recipe)
+    return recipes.build(recipe)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.@=-]+", "-", text.replace("%", "pct")).strip("-")
+
+
+def _open(run: Run, recipe: Recipe, teacher: Checkpoint) -> None:
+    """Save the resolved recipe first of all, or check that the folder was started with this recipe and teacher."""
+    import torch
+    import transformers
+
+    from ..package import licence_of
+
+    if run.recipe.exists():
+        saved = recipes.build(recipes.load_values(str(run.recipe)), origin=str(run.recipe))
+        if changed := recipes.differences(saved, recipe):
+            raise UserError(
+                f"{run.folder} was started with another recipe, different in {', '.join(changed)}; expected the same "
+                "one to resume; choose another --out or undo the change"
+            )
+        if "fingerprints" not in (facts := run.read_facts()):
+            raise UserError(
+                f"{run.facts} is gone, but {run.recipe} is not; expected both or none; choose another --out"
+            )
+        if facts["fingerprints"]["teacher"] != teacher.fingerprint():
+            raise UserError(
+                f"{run.folder} was started with other weights of {recipe.teacher}; expected the same ones "
+                "to resume; choose another --out or put its files back"
+            )
+        return
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    run.note(
+        versions=versions,
+        seeds={"seed": recipe.seed},
+        fingerprints={"teacher": teacher.fingerprint()},
+        licence=licence_of(teacher.folder),
+    )
+    write_text(run.recipe, recipe.to_yaml())  # last: a folder with a recipe has its facts
+
+
+def _with_files(run: Run) -> dict[str, Any]:
+    files = {kind: str(run.folder / f"report.{kind}") for kind in ("json", "md", "html")}
+    return read_json(run.report) | {"files": files | {"student": str(run.student)}}

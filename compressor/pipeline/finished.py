@@ -1,0 +1,258 @@
+"""What is done with a finished run, or with any model: judge it, export it, measure it, ship it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import recipe as recipes
+from ..errors import CheckFailed, UserError
+from ..progress import progress
+from ..run import Run, read_json
+from .stages import Say, hush, quiet, ship, suites_of
+
+if TYPE_CHECKING:
+    from export import Settings
+
+    from ..runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be judged or exported, and how: a run folder brings its own teacher, data, settings and seed."""
+
+    model: str
+    run: Run | None
+    against: str | None
+    data: str | None
+    seed: int
+    settings: recipes.Evaluate
+    context: int
+    section: dict[str, Any]
+
+    @classmethod
+    def of(cls, what: str, *, against: str | None = None, data: str | None = None, seed: int | None = None) -> Subject:
+        """A run folder means its student; an artifact in a run's export folder belongs to the run; else any model.
+
+        Raises UserError for a run that is not finished.
+        """
+        from ..plan import hub_name
+
+        settings = recipes.Evaluate()  # pyright: ignore[reportCallIssue] - every field has a default
+        folder = Path(what)
+        home = folder if (folder / "run.json").exists() else folder.absolute().parent.parent
+        if not (home / "run.json").exists():
+            data = data or ("demo" if "demo" in (what, against) else None)
+            return cls(hub_name(what), None, against, data, seed or 0, settings, 1024, {})
+        run = Run(home)
+        model = str(_finished(run).student) if home == folder else what
+        recipe = recipes.build(recipes.load_values(str(run.recipe)), origin=str(run.recipe))
+        section = {"split": recipe.data.split, "fraction": recipe.data.heldout_fraction, "seed": recipe.seed}
+        return cls(
+            model,
+            run,
+            against or recipe.teacher,
+            data or recipe.data.source,
+            recipe.seed if seed is None else seed,
+            recipe.evaluate,
+            recipe.data.context,
+            section,
+        )
+
+    def heldout(self, runtime: Runtime, *, tokens: int | None) -> list[Any]:
+        """Rows of held-out text, none without data."""
+        from ..data import text_batches
+
+        if not self.data:
+            return []
+        sizes = {"context": min(self.context, runtime.context), "tokens": tokens or self.settings.tokens}
+        return text_batches(self.data, runtime.tokenizer, **sizes, **self.section)
+
+    def suites(self, names: list[str] | None, tokenizer: Any, *, prompts: int | None) -> dict[str, Any]:
+        """Tasks by skill."""
+        return suites_of(names, tokenizer, prompts=prompts or self.settings.prompts, seed=self.seed)
+
+    def teacher(self) -> Runtime | None:
+        """The model to compare with, loaded."""
+        from ..checkpoint import resolve
+        from ..plan import hub_name
+        from ..runtime import TorchRuntime
+
+        if not self.against:
+            return None
+        return TorchRuntime(resolve(hub_name(self.against)), batch_size=self.settings.batch_size)
+
+
+def evaluate(
+    what: str,
+    *,
+    against: str | None = None,
+    suites: list[str] | None = None,
+    data: str | None = None,
+    prompts: int | None = None,
+    tokens: int | None = None,
+    seed: int | None = None,
+    say: Say = quiet,
+) -> dict[str, Any]:
+    """Judge one model and return {"what", "against", "result"}; a run folder means its student.
+
+    An exported artifact is judged by its own runtime. A run folder brings its own teacher, data, settings and seed
+    (else 0). `suites` name skills or JSONL files; default: all four.
+    Raises UserError for what cannot be found, loaded or asked.
+    """
+    from .. import runtime as runtimes
+    from ..evaluate import evaluate as judge
+
+    hush()
+    subject = Subject.of(what, against=against, data=data, seed=seed)
+    runtime = runtimes.load(subject.model, batch_size=subject.settings.batch_size)
+    heldout = subject.heldout(runtime, tokens=tokens)
+    if not subject.data:
+        say("no --data, so no perplexity and no agreement with the teacher; only skills are judged")
+    chosen = subject.suites(suites, runtime.tokenizer, prompts=prompts)
+    if not chosen and not heldout:
+        raise UserError(f"{what} has no chat template and no --data was given; nothing to judge; give --data")
+    with progress("evaluate", unit="tasks") as advance:
+        result = judge(
+            runtime,
+            against=subject.teacher(),
+            heldout=heldout,
+            suites=chosen,
+            max_new_tokens=subject.settings.max_new_tokens,
+            seed=subject.seed,
+            progress=advance.of,
+        )
+    return {"what": subject.model, "against": subject.against, "result": result}
+
+
+def export(
+    what: str,
+    settings: Settings,
+    *,
+    out: Path | str | None = None,
+    against: str | None = None,
+    data: str | None = None,
+    prompts: int | None = None,
+    tokens: int | None = None,
+    measured: bool = True,
+    say: Say = quiet,
+) -> dict[str, Any]:
+    """Export one model (a run folder means its student) and return {"path", "manifest"}.
+
+    `out` defaults to export/FORMAT-PRECISION in the run folder, else exports/NAME-FORMAT-PRECISION. Unless `measured`
+    is False, the manifest has the artifact's fidelity to the student and to `against` (a run brings its teacher and
+    data) and its four skills.
+    Raises UserError for what cannot be exported, CheckFailed where the artifact is not the student.
+    """
+    import export as exporting
+    from export.fidelity import fidelity
+
+    from ..checkpoint import resolve
+    from ..runtime import TorchRuntime
+
+    hush()
+    subject = Subject.of(what, against=against, data=data)
+    student = resolve(subject.model)
+    name = subject.run.folder.resolve().name if subject.run else Path(subject.model).name
+    default = subject.run.folder / "export" if subject.run else Path("exports")
+    out = Path(out) if out else default / (settings.name if subject.run else f"{name}-{settings.name}")
+    say(f"{settings.name:<17} writing and verifying {out}")
+
+    def measure(runtime: Runtime) -> dict[str, Any]:
+        reference = TorchRuntime(student, batch_size=subject.settings.batch_size)
+        with progress(f"measure {settings.name}", unit="tasks") as advance:
+            return fidelity(
+                runtime,
+                student=reference,
+                teacher=subject.teacher(),
+                heldout=subject.heldout(reference, tokens=tokens),
+                suites=subject.suites(None, runtime.tokenizer, prompts=prompts),
+                max_new_tokens=subject.settings.max_new_tokens,
+                seed=subject.seed,
+                progress=advance.of,
+            )
+
+    about = {"name": name} | ({"description": f"distilled from {subject.against}"} if subject.against else {})
+    manifest = exporting.export(student, settings, out, about=about, measure=measure if measured else None)
+    return {"path": str(out), "manifest": manifest}
+
+
+def bench(
+    whats: list[str],
+    *,
+    device: str | None = None,
+    budgets: list[str] | None = None,
+    versus: bool = False,
+    fit: bool = False,
+    threads: int | None = None,
+    repeats: int | None = None,
+    say: Say = quiet,
+) -> dict[str, Any]:
+    """Measure latency and memory of models and artifacts, and return what `export.bench` does.
+
+    A run folder means its student, with `fit` its artifacts too. budgets: texts such as "memory=1GiB".
+    Raises UserError for what cannot be found or opened; CheckFailed, with the result, where nothing fits (`fit`), or
+    where one of them misses a budget.
+    """
+    import export as exporting
+
+    from ..checkpoint import resolve
+    from ..runtime import is_artifact
+
+    hush()
+    limits = [exporting.parse_budget(text) for text in budgets or []]
+    if fit and not limits and device in (None, "host"):
+        raise UserError("--fit has nothing to fit; expected --device or --budget; name one")
+    if versus and len(whats) < 2:
+        raise UserError("--vs compares artifacts; expected two or more; name another")
+    chosen: list[str] = []
+    for what in whats:
+        subject = Subject.of(what)
+        chosen.append(subject.model if is_artifact(subject.model) else str(resolve(subject.model)))
+        if fit and subject.run and subject.run.folder == Path(what):
+            chosen += sorted(str(path.parent) for path in (Path(what) / "export").glob("*/export.json"))
+    result = exporting.bench(
+        list(dict.fromkeys(chosen)),
+        on=device,
+        budgets=limits,
+        versus=versus,
+        fit=fit,
+        threads=threads,
+        repeats=repeats or exporting.REPEATS,
+        say=say,
+    )
+    missed = [(found["what"], line) for found in result["artifacts"] for line in found["budget"] if not line["passed"]]
+    if fit and result["fit"]["what"] is None:
+        raise CheckFailed("nothing fits the budget", result)
+    if missed and not fit:
+        from export.tables import budget_line
+
+        what, line = missed[0]
+        more = f"; {len(missed) - 1} more" if len(missed) > 1 else ""
+        raise CheckFailed(f"budget missed: {budget_line(what, line)}{more}", result)
+    return result
+
+
+def package(run_folder: Path | str, *, push: str | None = None, say: Say = quiet) -> dict[str, Any]:
+    """Write a finished run's card and checksums again, and push its student if asked: {"folder", "files", "url"}."""
+    from ..package import CHECKSUMS, check_checksums
+    from ..package import push as upload
+
+    run = _finished(Run(run_folder))
+    recipe = recipes.build(recipes.load_values(str(run.recipe)), origin=str(run.recipe))
+    status = (run.done("distill") or {})["status"]
+    if push and status != "ok":
+        raise CheckFailed(f"{run.folder} ended {status}, so its student is not pushed; distill it to health first")
+    with run.locked():
+        ship(run, read_json(run.report), recipe)
+        files = check_checksums(run.student)
+        say(f"{files} files in {run.student} match {CHECKSUMS}")
+        url = upload(run.student, push) if push else None
+    return {"folder": str(run.student), "files": files, "url": url}
+
+
+def _finished(run: Run) -> Run:
+    if run.done("report") is None:
+        raise UserError(f"{run.folder} holds no finished run; expected one; run compressor distill --out {run.folder}")
+    return run
