@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: help install demo test acceptance lint format docs clean
+.PHONY: help install demo test acceptance llama-cpp web optimum lint format docs clean
 
 help:
 	@echo "make demo        install, then distill the embedded teacher to half its size (minutes)"
 	@echo "make test        install, then run the tests"
 	@echo "make acceptance  the demo, held to what it promises (minutes)"
+	@echo "make llama-cpp   build llama.cpp, then hold GGUF files to it (minutes)"
+	@echo "make web         load an exported folder in headless Chromium with transformers.js"
+	@echo "make optimum     load an exported folder with optimum's ORTModelForCausalLM, in an environment of its own"
 	@echo "make lint        ruff and pyright"
 
 # The pip that comes with venv may not know dependency groups; the constraints pin everything.
@@ -30,6 +33,24 @@ test: install
 
 acceptance: install
 	$(BIN)/python -m pytest -m slow -q
+
+# llama.cpp for the vector units this processor has; AMX is left out, where its int8 product crashed.
+AVX512 := $(shell grep -q avx512_vnni /proc/cpuinfo 2>/dev/null && echo " -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON")
+LLAMA_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON$(AVX512)
+
+$(VENV)/llama-cpp: $(VENV)/installed
+	@echo "building llama.cpp, some minutes"
+	CMAKE_ARGS="$(LLAMA_FLAGS)" $(BIN)/python -m pip install --quiet --no-cache-dir llama-cpp-python==0.3.36
+	@touch $@
+
+llama-cpp: $(VENV)/llama-cpp
+	$(BIN)/python -m pytest -q -n 2 tests/test_export.py -k gguf
+
+web: install
+	$(BIN)/python tests/runtimes/web.py
+
+optimum: install
+	$(BIN)/python tests/runtimes/optimum.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -60,8 +60,9 @@ def batches(tmp_path_factory) -> list[dict]:
 
 
 def plainly(student: TorchRuntime, teacher: TorchRuntime, batches: list[dict]) -> dict[str, float]:
-    """All four measures in float64, document by document, with whole logits."""
-    nats, kl, agreed, tokens, size = 0.0, 0.0, 0, 0, 0
+    """All measures in float64, document by document, with whole logits."""
+    nats, their_nats, agreed, tokens, size = 0.0, 0.0, 0, 0, 0
+    kls: list[float] = []
     for batch in batches:
         for ids, labels, positions, mask, num_bytes in zip(
             *(batch[key] for key in ("input_ids", "labels", "position_ids", "attention_mask", "num_bytes")),
@@ -76,15 +77,19 @@ def plainly(student: TorchRuntime, teacher: TorchRuntime, batches: list[dict]) -
                     assert labels[t] == ids[t]
                     q, p = log_q[t - 1 - a], log_p[t - 1 - a]
                     nats -= float(q[ids[t]])
-                    kl += float((p.exp() * (p - q)).sum())
+                    kls.append(float((p.exp() * (p - q)).sum()))
+                    their_nats -= float(p[ids[t]])
                     agreed += int(q.argmax() == p.argmax())
                     size += int(num_bytes[t])
                     tokens += 1
     return {
         "perplexity": math.exp(nats / tokens),
         "bits": nats / math.log(2) / size,
-        "kl": kl / tokens,
+        "kl": sum(kls) / tokens,
+        "kl_median": sorted(kls)[tokens // 2],
+        "kl_p99": sorted(kls)[int(0.99 * tokens)],
         "top1": agreed / tokens,
+        "perplexity_ratio": math.exp((nats - their_nats) / tokens),
     }
 
 
@@ -99,13 +104,23 @@ def test_text_measures_equal_the_plain_computation(models, batches, plain, chunk
     assert found["bits_per_byte"] == pytest.approx(expected["bits"], rel=1e-4)
     assert found["agreement"]["kl"] == pytest.approx(expected["kl"], rel=1e-3)
     assert found["agreement"]["top1"] == pytest.approx(expected["top1"])
+    assert found["agreement"]["kl_median"] == pytest.approx(expected["kl_median"], rel=0.05)
+    assert found["agreement"]["kl_p99"] == pytest.approx(expected["kl_p99"], rel=0.1)
+    assert found["agreement"]["perplexity_ratio"] == pytest.approx(expected["perplexity_ratio"], rel=1e-4)
     assert 0 < expected["top1"] < 1
 
 
 def test_a_model_agrees_with_itself(models, batches):
     _, teacher = models
     found = text.measure(teacher, batches, against=teacher)
-    assert found["agreement"] == {"kl": pytest.approx(0, abs=1e-9), "top1": 1.0}
+    nothing = pytest.approx(0, abs=1e-9)
+    assert found["agreement"] == {
+        "kl": nothing,
+        "kl_median": nothing,
+        "kl_p99": nothing,
+        "top1": 1.0,
+        "perplexity_ratio": pytest.approx(1.0),
+    }
 
 
 def test_logits_exist_for_a_chunk_at_a_time(models, batches):

@@ -43,7 +43,7 @@ def layer_of(room: str) -> str:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    package = ("compressor", *path.relative_to(ROOT / "compressor").parts[:-1])
+    package = path.relative_to(ROOT).parts[:-1]
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
@@ -74,6 +74,25 @@ def test_arrows_point_one_way(path):
     allowed = MAY[layer] | {room}
     bad = {other for other in imported_rooms(path) if other not in allowed and (room, other) not in EXCEPTIONS}
     assert not bad, f"{room} ({layer}) imports {bad}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "export").rglob("*.py")), ids=lambda path: path.name)
+def test_export_rests_on_ground_and_judging(path):
+    """It uses what any model is read, run and judged with; `__main__` is a door, and calls the command line."""
+    allowed = GROUND | {"evaluate"} | ({"cli"} if path.name == "__main__.py" else set())
+    assert imported_rooms(path) <= allowed
+
+
+def test_only_the_doors_import_export_and_only_inside_functions():
+    for path in sources():
+        tree = ast.parse(path.read_text())
+        names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+        names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+        if any(name.split(".")[0] == "export" for name in names):
+            assert room_of(path) in DOORS, path
+        top = {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
+        top |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level}
+        assert not any(name.split(".")[0] == "export" for name in top), path
 
 
 def test_every_room_has_a_layer():
