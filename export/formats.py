@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compressor.checkpoint import DTYPES, Checkpoint, load_tokenizer, read_config
 from compressor.errors import CheckFailed
+from compressor.runtime import LlamaCppRuntime, OnnxRuntime, TorchRuntime, open_gguf
 from compressor.shape import Shape
 
 from . import gguf_tokenizer, read_back, to_bitsandbytes, to_gguf, to_onnx
@@ -93,12 +95,6 @@ def _onnx_sizes(student: Path, folder: Path, settings: Settings) -> dict[str, tu
     }
 
 
-def _open_onnx(folder: Path) -> Runtime:
-    from compressor.runtime import OnnxRuntime
-
-    return OnnxRuntime(folder)
-
-
 def _genai_tokenizer(folder: Path, settings: Settings) -> dict[str, tuple[Encode, str | None]]:
     genai: Any = import_module("onnxruntime_genai")
     tokenizer = genai.Tokenizer(genai.Model(str(folder)))
@@ -109,10 +105,6 @@ def _genai_tokenizer(folder: Path, settings: Settings) -> dict[str, tuple[Encode
 
 
 def _gguf_models(folder: Path, shape: Shape, settings: Settings) -> Iterator[Model]:
-    from importlib.util import find_spec
-
-    from compressor.runtime import LlamaCppRuntime
-
     runtimes = {"llama.cpp": (lambda: LlamaCppRuntime(folder).cached_logits, COARSE)} if find_spec("llama_cpp") else {}
     yield Model(to_gguf.FILE, read_back.gguf_weights(folder / to_gguf.FILE, shape), runtimes)
 
@@ -123,12 +115,6 @@ def _gguf_sizes(student: Path, folder: Path, settings: Settings) -> dict[str, tu
     path = folder / to_gguf.FILE
     stored = path.stat().st_size - gguf.GGUFReader(path).data_offset
     return {to_gguf.FILE: (stored, to_gguf.arithmetic_bytes(read_config(student), settings))}
-
-
-def _open_gguf(folder: Path) -> Runtime:
-    from compressor.runtime import open_gguf
-
-    return open_gguf(folder, engine="transformers")
 
 
 def gguf_fields(folder: Path) -> dict[str, Any]:
@@ -142,18 +128,19 @@ def gguf_fields(folder: Path) -> dict[str, Any]:
 def _gguf_tokenizer(folder: Path, settings: Settings) -> dict[str, tuple[Encode, str | None]]:
     fields = gguf_fields(folder)
     tokenizer = gguf_tokenizer.rebuilt(fields)
-    advice = None  # a rule that was given is taken at its word
-    if settings.tokenizer_pre is None:
-        nearest = fields.get("tokenizer.ggml.pre", "SentencePiece")
+    advice = None  # a rule that was given is taken at its word, and SentencePiece has none
+    if settings.tokenizer_pre is None and "tokenizer.ggml.pre" in fields:
         advice = (
-            f"no rule of llama.cpp's gives this model's tokens, {nearest} comes nearest; name it with --tokenizer-pre "
-            "and feed token ids, or export to onnx"
+            f"no rule of llama.cpp's gives this model's tokens, {fields['tokenizer.ggml.pre']} comes nearest; name it "
+            "with --tokenizer-pre and feed token ids, or export to onnx"
         )
     normalizer = load_tokenizer(folder).backend_tokenizer.normalizer
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
+    if find_spec("llama_cpp"):  # asked itself where it is there, else rebuilt from what the file says
+        encode = LlamaCppRuntime(folder).tokenize
     if normalizer is None or fields["tokenizer.ggml.model"] == "llama":
         return {"llama.cpp": (encode, advice)}
     # llama.cpp normalizes nothing, as all of Qwen's files have to live with: its rule is held to normalized text
@@ -191,17 +178,11 @@ def _bitsandbytes_sizes(student: Path, folder: Path, settings: Settings) -> dict
     return {"model.safetensors": (total, expected)}
 
 
-def _open_torch(folder: Path) -> Runtime:
-    from compressor.runtime import TorchRuntime
-
-    return TorchRuntime(folder)
-
-
 FORMATS: dict[str, Format] = {
     "onnx": Format(
         write=to_onnx.write_onnx,
         models=_onnx_models,
-        open=_open_onnx,
+        open=OnnxRuntime,
         sizes=_onnx_sizes,
         tolerance=_onnx_tolerance,
         own_tokenizers=_genai_tokenizer,
@@ -209,7 +190,7 @@ FORMATS: dict[str, Format] = {
     "gguf": Format(
         write=to_gguf.write_gguf,
         models=_gguf_models,
-        open=_open_gguf,
+        open=partial(open_gguf, engine="transformers"),
         sizes=_gguf_sizes,
         tolerance=lambda precision: EXACT,
         own_tokenizers=_gguf_tokenizer,
@@ -218,7 +199,7 @@ FORMATS: dict[str, Format] = {
     "bitsandbytes": Format(
         write=to_bitsandbytes.write_bitsandbytes,
         models=_bitsandbytes_models,
-        open=_open_torch,
+        open=TorchRuntime,
         sizes=_bitsandbytes_sizes,
         tolerance=lambda precision: COARSE,
     ),

@@ -127,7 +127,7 @@ def _split_by(core: str, expressions: tuple[str, ...]) -> Any:
 
 def rebuilt(fields: dict[str, Any]) -> Any:
     """A `tokenizers.Tokenizer` that splits and merges as llama.cpp does with these metadata of a file."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -143,8 +143,9 @@ def rebuilt(fields: dict[str, Any]) -> Any:
         unknown = tokens[types.index(UNKNOWN)] if UNKNOWN in types else None
         model = models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token=unknown, fuse_unk=True)
         tokenizer = Tokenizer(model)
-        scheme = "first" if fields["tokenizer.ggml.add_space_prefix"] else "never"
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        # a space before the text and after every special token, also where the text begins with one
+        before = [normalizers.Prepend(SPACE)] if fields["tokenizer.ggml.add_space_prefix"] else []
+        tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
     else:
         pairs = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))

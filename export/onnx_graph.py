@@ -181,7 +181,7 @@ def _round(
         weight = weight.T  # the builder stores (K, N)
     block = fitting_block(block, weight.shape[1])
     # one table serves lm_head and embedding, and the embedding knows no zero points
-    blocks = round_blocks(weight.contiguous(), bits=bits, block=block, algorithm="rtn" if table else algorithm)
+    blocks = round_blocks(weight, bits=bits, block=block, algorithm="rtn" if table else algorithm)
     inputs = [data.add(f"{name}_q{bits}", blocks.packed().numpy())]
     inputs.append(data.add(f"{name}_scales", blocks.scale_NG.numpy(), half=half))
     if blocks.zero_NG is not None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 
+CHUNK_VALUES = 2**20  # rounded at a time
+
+
 @dataclass(frozen=True)
 class Blocks:
     """A rounded matrix. zero_NG is None where it is the middle of the range, 2 ** (bits - 1), in every block."""
@@ -37,9 +40,18 @@ def round_blocks(weight_NK: torch.Tensor, *, bits: int, block: int, algorithm: s
     """
     import torch
 
-    padded_NK = torch.nn.functional.pad(weight_NK.float(), (0, -weight_NK.shape[1] % block))
-    weight_NGB = padded_NK.view(len(padded_NK), -1, block)
-    return (ALGORITHMS[algorithm] if bits == 4 else _nearest)(weight_NGB, bits)
+    rounded = ALGORITHMS[algorithm] if bits == 4 else _nearest
+    parts = []
+    for rows in weight_NK.split(max(1, CHUNK_VALUES // weight_NK.shape[1])):  # so that copies stay small
+        padded = torch.nn.functional.pad(rows.float(), (0, -rows.shape[1] % block))
+        parts.append(rounded(padded.reshape(len(rows), -1, block), bits))
+    zeros = [part.zero_NG for part in parts if part.zero_NG is not None]
+    return Blocks(
+        torch.cat([part.q_NGB for part in parts]),
+        torch.cat([part.scale_NG for part in parts]),
+        torch.cat(zeros) if zeros else None,
+        bits,
+    )
 
 
 def _nearest(weight_NGB: torch.Tensor, bits: int) -> Blocks:

@@ -28,7 +28,7 @@ class Settings:
 
     format: str
     precision: str
-    block: int = 32
+    block: int = 64
     algorithm: str = "rtn"
     sensitive: tuple[str, ...] = ("head",)
     web: bool = False

@@ -76,6 +76,10 @@ class LlamaCppRuntime(Speaker):
             self._judging.eval(part)
         return torch.from_numpy(numpy.array(self._judging.scores[: len(ids)], dtype=numpy.float32))
 
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids as llama.cpp itself reads text, special tokens in it included."""
+        return list(self._speaking.tokenize(text.encode(), add_bos=False, special=True))
+
     def tokens(
         self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, through: bool = False
     ) -> Iterator[int]:

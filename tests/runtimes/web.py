@@ -2,7 +2,7 @@
 
 The demo teacher is exported for the web, served beside transformers.js on 127.0.0.1, and asked one question by
 headless Chromium in every dtype that WebAssembly runs. The prompt's ids and every greedy token must be those of
-onnxruntime-genai (q4) and of plain onnxruntime (q8) on the same files.
+onnxruntime-genai (q4) and of plain onnxruntime (q8, q4f16) on the same files.
     python tests/runtimes/web.py [--cache build/web] [--chromium PATH]
 Exit codes: 0 the same tokens, 1 others or none, 2 a program is missing. The first run installs transformers.js.
 """
@@ -33,8 +33,8 @@ sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resol
 from compressor.errors import CheckFailed, UserError  # noqa: E402
 
 LIBRARY = "@huggingface/transformers"
-GRAPHS = {"q4": "onnx/model_q4.onnx", "q8": "onnx/model_quantized.onnx"}
-MOST_TOKENS = 48  # the answer has 31 with its end token, so that the end is put to the test as well
+GRAPHS = {"q4": "onnx/model_q4.onnx", "q8": "onnx/model_quantized.onnx", "q4f16": "onnx/model_q4f16.onnx"}
+MOST_TOKENS = 48  # the answer has 29 with its end token, so that the end is put to the test as well
 SECONDS = 300
 # A function call is the longest answer the demo teacher gives, and one it is sure of: its second choice is more than
 # 7 logits away at every token, which no runtime's rounding bridges.
@@ -102,9 +102,9 @@ def expected_answers(folder: Path) -> tuple[list[int], dict[str, list[int]]]:
     runtime = load(folder)
     assert isinstance(runtime, OnnxRuntime)
     prompt = prompt_ids(CONVERSATION, runtime.tokenizer)
-    q4 = runtime.tokens(prompt, max_new_tokens=MOST_TOKENS, through=True)
-    q8 = plain_tokens(folder / GRAPHS["q8"], prompt)
-    return prompt, {"q4": until(q4, runtime.stops), "q8": until(q8, runtime.stops)}
+    tokens = {dtype: plain_tokens(folder / graph, prompt) for dtype, graph in GRAPHS.items()}
+    tokens["q4"] = runtime.tokens(prompt, max_new_tokens=MOST_TOKENS, through=True)
+    return prompt, {dtype: until(found, runtime.stops) for dtype, found in tokens.items()}
 
 
 def plain_tokens(graph: Path, prompt: list[int]) -> Iterator[int]:
@@ -231,11 +231,15 @@ def judge(results: dict[str, dict[str, Any]], prompt: list[int], expected: dict[
 
 def check(cache: Path, browser: str | None) -> None:
     """Export, serve, ask, judge, and leave a screenshot. Raises CheckFailed or UserError."""
+    import transformers
+
     from compressor.checkpoint import DEMO_FOLDER
     from export import Settings, export
 
     path = program(browser) if browser else program("chromium", "chromium-browser", "google-chrome")
     version = install(cache)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     log, screenshot = cache / "chromium.log", cache / "screenshot.png"
     log.unlink(missing_ok=True)
     screenshot.unlink(missing_ok=True)
