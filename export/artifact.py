@@ -30,12 +30,12 @@ def export(
     *,
     about: Mapping[str, str] | None = None,
     measure: Measure | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[str, int, int | None], object] = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Export a Hugging Face folder into the folder `out` and return its manifest, which lies there as export.json.
 
     about: what GGUF metadata shall say of it, such as name. measure: a runtime -> figures for the manifest, such as
-    fidelity. progress is told the weights written.
+    fidelity. progress is told what is being done, how much of it is done, and of how much (None: unknown).
     An older artifact in `out` is replaced once the new one is verified. Raises UserError for a model that the format
     cannot hold, CheckFailed where a check fails; then nothing is left behind.
     """
@@ -47,11 +47,19 @@ def export(
     checkpoint.check()
     format = FORMATS[settings.format]
     started = time.monotonic()
+    done = 0
+
+    def wrote(weights: int) -> None:
+        nonlocal done
+        done += weights
+        progress("writing", done, None)
+
     with staged(out) as folder:
         with peak_memory() as memory:
             extra = {"about": about} if settings.format == "gguf" else {}
-            format.write(student, folder, settings, progress=progress, **extra)
+            format.write(student, folder, settings, progress=wrote, **extra)
         written = time.monotonic() - started
+        progress("verifying", 0, None)
         try:
             checks = verify(student, folder, settings, format)
         except CheckFailed as failed:

@@ -213,14 +213,9 @@ def _gather(
         graph.initializers.add(value)
         return value
 
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-    after: list[onnx_ir.Node] = []
-    if axis == 1:  # a tied table, read by columns until now
-        transpose = node.outputs[0].consumers()[0]
-        node_of_hidden = transpose
-    else:
-        node_of_hidden = node
-    packed, scales = inputs[0], inputs[1]
+    # a tied table was read by columns until now, and turned round after
+    last = node.outputs[0].consumers()[0] if "axis" in node.attributes else node
+    packed, scales = inputs
     columns = ir.node("Unsqueeze", [scales, constant("axes", [-1])], name=f"{node.name}/Unsqueeze")
     rows = ir.node(
         "GatherBlockQuantized",
@@ -229,21 +224,18 @@ def _gather(
         domain=MICROSOFT,
         name=node.name,
     )
-    after = [
-        columns,
-        rows,
-        ir.node("Reshape", [rows.outputs[0], constant("shape", [0, 0, -1])], name=f"{node.name}/Reshape"),
-    ]
+    joined = ir.node("Reshape", [rows.outputs[0], constant("shape", [0, 0, -1])], name=f"{node.name}/Reshape")
+    new = [columns, rows, joined]
     if hidden % sizes["block_size"]:
         ends = [constant("start", [0]), constant("end", [hidden]), constant("axis", [2])]
-        after.append(ir.node("Slice", [after[-1].outputs[0], *ends], name=f"{node.name}/Slice"))
-    _replace(graph, node_of_hidden, after)
-    if node_of_hidden is not node:
+        new.append(ir.node("Slice", [joined.outputs[0], *ends], name=f"{node.name}/Slice"))
+    _replace(graph, last, new)
+    if last is not node:
         graph.remove(node, safe=True)
 
 
 def fitting_block(block: int, size: int) -> int:
-    """The largest power of two up to `block`, at least 16, that divides `size`; `block` itself where none does."""
+    """The largest power of two up to `block` that divides `size`, but 16 at least: the last block is filled up then."""
     while block > 16 and size % block:
         block //= 2
     return block

@@ -26,3 +26,7 @@ def test_the_demo_gives_half_the_teacher_and_nearly_all_of_its_skills(tmp_path: 
     for skill in SKILLS:
         assert report["recovery"]["skills"][skill] >= 0.93, skill
         assert report["pruned"]["skills"][skill]["score"] < 0.5 * teacher["skills"][skill]["score"], skill
+    (exported,) = report["exports"]
+    assert (exported["format"], exported["precision"]) == ("onnx", "int4")
+    assert exported["bytes"] < 0.45 * student["bytes"]
+    assert exported["overall"] >= 0.97 * student["overall"]["score"]

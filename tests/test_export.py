@@ -14,11 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
 from compressor.checkpoint import DEMO_FOLDER, Checkpoint
+from compressor.demo import tasks
 from compressor.errors import CheckFailed, UserError
+from compressor.evaluate.skills import SKILLS
 from compressor.runtime import Runtime, load
 from compressor.surgery import Kept, prune
 from export import Settings, gguf_tokenizer, read_back, to_bitsandbytes, to_gguf, to_onnx
 from export.formats import FORMATS
+from export.probes import TEXTS
 from export.rounding import ALGORITHMS, round_blocks
 from export.verify import verify
 
@@ -403,6 +406,12 @@ def test_the_demo_tokenizer_splits_like_llama_in_every_runtime(tmp_path):
     assert fields["tokenizer.ggml.tokens"][tokenizer.eos_token_id] == "<|end|>"
     assert fields["tokenizer.chat_template"] == tokenizer.chat_template
     assert fields["tokenizer.ggml.add_bos_token"] is False
+    rebuilt = gguf_tokenizer.rebuilt(fields)
+    asked = [task["messages"][-1]["content"] for name in SKILLS for task in tasks.suite(name, 20, seed=0)]
+    for text in (*TEXTS, *asked):
+        assert rebuilt.encode(text, add_special_tokens=False).ids == tokenizer(text, add_special_tokens=False).input_ids
+    for whole in (" [1]", " [3]", "get_weather", " plan_meeting"):  # which Llama's expression would cut
+        assert len(tokenizer(whole, add_special_tokens=False).input_ids) == 1
 
 
 def test_a_tokenizer_that_llama_cpp_cannot_split_is_refused_unless_its_rule_is_given(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,22 +160,22 @@ def export(
     out = Path(out) if out else default / (settings.name if subject.run else f"{name}-{settings.name}")
     say(f"{settings.name:<17} writing and verifying {out}")
 
-    def measure(runtime: Runtime) -> dict[str, Any]:
-        reference = TorchRuntime(student, batch_size=subject.settings.batch_size)
-        with progress(f"measure {settings.name}", unit="tasks") as advance:
-            return fidelity(
-                runtime,
+    about = {"name": name} | ({"description": f"distilled from {subject.against}"} if subject.against else {})
+    reference = TorchRuntime(student, batch_size=subject.settings.batch_size) if measured else None
+    with progress(f"export {settings.name}") as advance:
+        measure = None
+        if reference is not None:
+            measure = partial(
+                fidelity,
                 student=reference,
                 teacher=subject.teacher(),
                 heldout=subject.heldout(reference, tokens=tokens),
-                suites=subject.suites(None, runtime.tokenizer, prompts=prompts),
+                suites=subject.suites(None, reference.tokenizer, prompts=prompts),
                 max_new_tokens=subject.settings.max_new_tokens,
                 seed=subject.seed,
                 progress=advance.of,
             )
-
-    about = {"name": name} | ({"description": f"distilled from {subject.against}"} if subject.against else {})
-    manifest = exporting.export(student, settings, out, about=about, measure=measure if measured else None)
+        manifest = exporting.export(student, settings, out, about=about, measure=measure, progress=advance.of)
     return {"path": str(out), "manifest": manifest}
 
 

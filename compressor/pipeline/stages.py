@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -256,10 +256,11 @@ def export_all(job: Job) -> str:
         one = export.parse(text)
         out = job.run.export / one.name
 
-        def measure(runtime: Any, name: str = one.name) -> dict[str, Any]:
-            with progress(f"measure {name}", unit="tasks") as advance:
-                return fidelity(
-                    runtime,
+        try:
+            about = {"name": job.run.folder.resolve().name, "description": f"distilled from {job.recipe.teacher}"}
+            with progress(f"export {one.name}") as advance:
+                measure = partial(
+                    fidelity,
                     student=student,
                     teacher=teacher,
                     heldout=heldout,
@@ -268,10 +269,7 @@ def export_all(job: Job) -> str:
                     seed=job.recipe.seed,
                     progress=advance.of,
                 )
-
-        try:
-            about = {"name": job.run.folder.resolve().name, "description": f"distilled from {job.recipe.teacher}"}
-            manifest = export.export(job.run.student, one, out, about=about, measure=measure)
+                manifest = export.export(job.run.student, one, out, about=about, measure=measure, progress=advance.of)
             timed = export.bench([str(out)], on=settings.device)["artifacts"][0]
             found.append(export.record(manifest, timed, path=str(out.relative_to(job.run.folder))))
         except CheckFailed as failed:  # the others are still worth having, and the report says what failed

@@ -1,6 +1,7 @@
 """A GGUF file run by llama.cpp where llama-cpp-python is installed, else read by transformers into float32."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,13 @@ class LlamaCppRuntime(Speaker):
         self._judging: Any = None
 
     def _open(self, context: int, *, every_logit: bool) -> Any:
-        from llama_cpp import Llama
-
+        llama_cpp: Any = import_module("llama_cpp")  # installed by those who want it
         threads: dict[str, Any] = (
             {} if self._threads is None else {"n_threads": self._threads, "n_threads_batch": self._threads}
         )
         path = str(self.folder / FILE)
         try:
-            return Llama(path, n_ctx=context, logits_all=every_logit, verbose=False, **threads)
+            return llama_cpp.Llama(path, n_ctx=context, logits_all=every_logit, verbose=False, **threads)
         except (ValueError, AssertionError) as error:
             raise UserError(
                 f"llama.cpp cannot open {path} ({error}); expected a file written by compressor export gguf; "
