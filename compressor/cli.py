@@ -111,16 +111,16 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Prune the teacher to the target size, distill it back to health, judge it. Run it again to resume."""
+    settings = [*(settings or [])]
+    if export is not None:
+        settings.append(f"export.formats=[{export}]")
+    if device is not None:
+        settings.append(f"export.device={device}")
     if dry_run:
         return plan(teacher, target, data, recipe, settings, as_json)
     from . import pipeline
-    from .recipe import merged
 
     values = _recipe_values(teacher, target, data, recipe, settings)
-    if export is not None:
-        values = merged(values, {"export": {"formats": [part.strip() for part in export.split(",") if part.strip()]}})
-    if device is not None:
-        values = merged(values, {"export": {"device": device}})
     try:
         report = pipeline.distill(values, out=out, say=_say)
     except CheckFailed as failed:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint import Checkpoint
-from compressor.errors import CheckFailed
+from compressor.errors import CheckFailed, UserError
 from compressor.run import read_json, staged, write_json
 from compressor.units import size
 
+from .machine import versions
 from .memory import peak_memory
 from .settings import Settings
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from compressor.runtime import Runtime
 
 MANIFEST = "export.json"
+MEASURED = ("load_s", "ttft_ms", "decode_tokens_per_s", "peak_rss_bytes")  # left empty where another runtime stood in
 Measure = Callable[["Runtime"], dict[str, Any]]
 
 
@@ -37,12 +39,14 @@ def export(
     about: what GGUF metadata shall say of it, such as name. measure: a runtime -> figures for the manifest, such as
     fidelity. progress is told what is being done, how much of it is done, and of how much (None: unknown).
     An older artifact in `out` is replaced once the new one is verified. Raises UserError for a model that the format
-    cannot hold, CheckFailed where a check fails; then nothing is left behind.
+    cannot hold and for an `out` that holds anything else than an export, CheckFailed where a check fails; then nothing
+    is left behind.
     """
     from .formats import FORMATS
     from .verify import verify
 
-    student, out = Path(student), Path(out)
+    student, out = Path(student), Path(out).resolve()
+    _check_place(out, student)
     checkpoint = Checkpoint(student)
     checkpoint.check()
     format = FORMATS[settings.format]
@@ -61,12 +65,12 @@ def export(
         written = time.monotonic() - started
         progress("verifying", 0, None)
         try:
-            checks = verify(student, folder, settings, format)
+            with peak_memory() as judging:
+                checks, runtime = verify(student, folder, settings, format)
         except CheckFailed as failed:
             raise CheckFailed(
                 f"{settings.name} of {student} is not the student, so it was not kept: {failed}"
             ) from None
-        runtime = format.open(folder)
         parameters = checkpoint.shape.parameters
         manifest = {
             **settings.to_dict(),
@@ -75,15 +79,29 @@ def export(
             "bytes": runtime.nbytes,
             "bits_per_weight": 8 * runtime.nbytes / parameters,
             "checks": checks,
+            "warnings": [check["warning"] for check in checks if "warning" in check]
+            + format.notes(checkpoint.shape, settings),
             "seconds": {"write": round(written, 2), "verify": round(time.monotonic() - started - written, 2)},
-            "peak_memory_bytes": memory.peak,
-            **(measure(runtime) if measure else {}),
-            "files": {
-                str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()
-            },
+            "peak_memory_bytes": {"write": memory.peak, "verify": judging.peak},
+            "versions": versions(),
         }
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        manifest["files"] = {str(path.relative_to(folder)): _digest(path) for path in files}
         write_json(folder / MANIFEST, manifest)
+    if measure is not None:  # the artifact has its name by now: what is measured of it can be measured again
+        manifest |= measure(format.open(out))
+        write_json(out / MANIFEST, manifest)
     return manifest
+
+
+def _check_place(out: Path, student: Path) -> None:
+    """An export takes the place of an export, and of nothing else."""
+    mine = not out.exists() or (out / MANIFEST).is_file() or (out.is_dir() and not any(out.iterdir()))
+    if not mine or student.resolve().is_relative_to(out):
+        raise UserError(
+            f"{out} holds something else than an export; expected a new folder or an earlier export; "
+            "choose another --out"
+        )
 
 
 def read_manifest(folder: Path | str) -> dict[str, Any] | None:
@@ -115,7 +133,8 @@ def record(manifest: dict[str, Any], timed: dict[str, Any], *, path: str) -> dic
         "peak_rss_bytes": timed["memory"]["peak_rss_bytes"],
         "estimate": timed["estimate"].get("device"),
         "budget": timed["budget"],
-    }
+        "warnings": manifest["warnings"],
+    } | (dict.fromkeys(MEASURED) if timed["stand_in"] else {})
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -128,8 +147,11 @@ def describe(record: dict[str, Any]) -> str:
         parts.append(f"skills {record['overall']:.1%}")
     if record["kl_student"] is not None:
         parts.append(f"KL {record['kl_student']:.3g} to the student")
-    parts += [f"{record['decode_tokens_per_s']:,.0f} tokens/s", f"TTFT {record['ttft_ms']:.0f} ms"]
-    parts.append(f"{size(record['peak_rss_bytes'])} peak memory")
+    if record["ttft_ms"] is None:
+        parts.append("no times: its own runtime is not installed (make llama-cpp)")
+    else:
+        parts += [f"{record['decode_tokens_per_s']:,.0f} tokens/s", f"TTFT {record['ttft_ms']:.0f} ms"]
+        parts.append(f"{size(record['peak_rss_bytes'])} peak memory")
     return f"{name}: {', '.join(parts)}"
 
 

@@ -22,13 +22,14 @@ from compressor.errors import UserError
 from compressor.shape import Shape
 
 from .artifact import read_manifest
-from .devices import Budget, Device, Load, device, parse_bytes
+from .devices import Budget, Device, Workload, device, parse_bytes
 from .machine import cores, machine
 
 POINTS = (16, 128, 512, 2048)
 HEADLINE = 128  # the prompt length whose figures are held to budgets, or the longest one below it
 NEW_TOKENS = 32
 REPEATS = 5
+WORST_INT4_BITS = 6.5  # bits a weight of an int4 artifact of a small model, whose head is a large part of it
 Say = Callable[[str], None]
 
 
@@ -88,17 +89,20 @@ def bench(
 ) -> dict[str, Any]:
     """Measure artifacts and return {"machine", "host", "device", "artifacts", "ratios", "fit"}; see docs/bench.md.
 
-    on: a device profile; its memory and disk become budgets, its latency is estimated. versus: all artifacts are kept
-    open and measured in turn, and compared pair by pair. fit: name the best of them that meets every budget.
+    on: a device profile; its memory and disk become budgets, its latency is estimated (`host`: measured). versus: all
+    artifacts are kept open and measured in turn, and compared pair by pair. fit: name the best of them that meets every
+    budget.
     Raises UserError for what cannot be opened.
     """
     threads = threads or cores()
-    target = device(on) if on and on != "host" else None
+    host = device("host", threads=threads)
+    target = host if on == "host" else device(on) if on else None
     if target is not None:
+        if target is not host and any(budget.key == "load" for budget in budgets):
+            raise UserError(f"load time on {on} cannot be estimated; expected other budgets; leave load= out")
         own = {budget.key for budget in budgets}
         defaults = (Budget("memory", target.free), Budget("disk", target.disk))
         budgets = [*budgets, *(budget for budget in defaults if budget.key not in own)]
-    host = device("host", threads=threads)
     measured = (
         _together(whats, threads, repeats, points, say)
         if versus
@@ -165,7 +169,7 @@ def _figures(
     folder = Path(what)
     manifest = read_manifest(folder) if folder.is_dir() else None
     shape = Shape.from_config(read_config(what))
-    load = Load(shape, loaded["bytes"], loaded["kv_bytes_per_value"])
+    work = Workload(shape, loaded["memory_bytes"], loaded["kv_bytes_per_value"], loaded["every_logit"])
     points = []
     for length, runs in found["runs"].items():
         first = numpy.array([run["ttft_s"] for run in runs])
@@ -193,20 +197,22 @@ def _figures(
         "versions": loaded["versions"],
         "bytes": loaded["bytes"],
         "bits_per_weight": 8 * loaded["bytes"] / loaded["parameters"],
-        "kv_bytes_per_token": load.kv_bytes_per_token,
+        "kv_bytes_per_token": work.kv_bytes_per_token,
         "load_s": loaded["load_s"],
         "headline": headline,
         "points": points,
         "memory": memory
         | {
             "above_baseline_bytes": memory["peak_rss_bytes"] - baseline if memory["peak_rss_bytes"] else None,
-            "predicted": load.memory(context=longest + NEW_TOKENS, **sizes),
-            "predicted_at_context": load.memory(context=loaded["context"], **sizes) | {"context": loaded["context"]},
+            "predicted": work.memory(context=longest + NEW_TOKENS, **sizes),
+            "predicted_at_context": work.memory(context=loaded["context"], **sizes) | {"context": loaded["context"]},
         },
         "quality": _quality(manifest),
-        "estimate": _estimate(load, headline, host=host, target=target),
+        "estimate": _estimate(work, headline, host=host, target=target),
     }
-    result["budget"] = [_verdict(budget, result, estimated=target is not None) for budget in budgets]
+    # a GGUF file is llama.cpp's: where transformers ran it in float32, only its size is its own
+    result["stand_in"] = result["format"] == "gguf" and result["runtime"] != "llama.cpp"
+    result["budget"] = [_verdict(budget, result, target=target) for budget in budgets]
     result["passed"] = all(line["passed"] for line in result["budget"])
     return result
 
@@ -216,10 +222,11 @@ def _quality(manifest: dict[str, Any] | None) -> dict[str, Any] | None:
     if not manifest or not manifest.get("agreement") or not manifest["agreement"]["student"]:
         return None
     near = manifest["agreement"]["student"]
-    return {"kl_student": near["kl"], "top1": near["top1"], "skills": (manifest["overall"] or {}).get("score")}
+    teacher = manifest["agreement"]["teacher"] or {}
+    return {"kl_student": near["kl"], "kl_teacher": teacher.get("kl"), "student": manifest["student"]}
 
 
-def _estimate(load: Load, headline: dict[str, Any], *, host: Device, target: Device | None) -> dict[str, Any]:
+def _estimate(work: Workload, headline: dict[str, Any], *, host: Device, target: Device | None) -> dict[str, Any]:
     """Rooflines of the headline point: on this machine against what was measured, and on the device.
 
     `expected` takes the device to miss its roofline by as much as this machine missed its own.
@@ -228,25 +235,25 @@ def _estimate(load: Load, headline: dict[str, Any], *, host: Device, target: Dev
     measured = {"ttft_s": headline["ttft_p50_s"], "decode_s": 1 / headline["decode_tokens_per_s"]}
 
     def roofline(device: Device) -> dict[str, float]:
-        return {"ttft_s": load.prefill_seconds(device, prompt), "decode_s": load.decode_seconds(device, prompt)}
+        return {"ttft_s": work.prefill_seconds(device, prompt), "decode_s": work.decode_seconds(device, prompt)}
 
     here = roofline(host)
-    slower = {key: measured[key] / here[key] for key in here}
-    result: dict[str, Any] = {"host": {"roofline": here, "measured": measured, "measured_over_roofline": slower}}
+    missed = {key: measured[key] / here[key] for key in here}
+    result: dict[str, Any] = {"host": {"roofline": here, "measured": measured, "measured_over_roofline": missed}}
     if target is not None:
         there = roofline(target)
         result["device"] = {
             "name": target.name,
             "roofline": there,
-            "expected": {key: there[key] * max(1.0, slower[key]) for key in there},
+            "expected": {key: there[key] * max(1.0, missed[key]) for key in there},
         }
     return result
 
 
-def _verdict(budget: Budget, result: dict[str, Any], *, estimated: bool) -> dict[str, Any]:
-    """Memory and disk are measured; on another device, times are the expected ones of the estimate."""
+def _verdict(budget: Budget, result: dict[str, Any], *, target: Device | None) -> dict[str, Any]:
+    """What was measured against its limit; what another device or another runtime would give is marked an estimate."""
     headline = result["headline"]
-    values: dict[str, float | None] = {
+    measured: dict[str, float | None] = {
         "memory": result["memory"]["peak_rss_bytes"],
         "disk": result["bytes"],
         "load": result["load_s"],
@@ -254,15 +261,19 @@ def _verdict(budget: Budget, result: dict[str, Any], *, estimated: bool) -> dict
         "decode": headline["decode_tokens_per_s"],
         "prefill": headline["prefill_tokens_per_s"],
     }
-    if estimated and budget.key in ("ttft", "decode", "prefill"):
+    estimated: dict[str, float] = {}
+    if target is not None and target.name != "host":
         expected = result["estimate"]["device"]["expected"]
-        values |= {
-            "ttft": expected["ttft_s"],
-            "decode": 1 / expected["decode_s"],
-            "prefill": headline["prompt"] / expected["ttft_s"],
-        }
-        return budget.check(values[budget.key], estimate=True)
-    return budget.check(values[budget.key])
+        estimated = {"ttft": expected["ttft_s"], "decode": 1 / expected["decode_s"]}
+        estimated["prefill"] = headline["prompt"] / expected["ttft_s"]
+    predicted = result["memory"]["predicted_at_context"]
+    if target is not None and target.unit == "gpu":  # its memory holds the model, not this process
+        estimated["memory"] = predicted["total"] - predicted["runtime"]
+    elif result["stand_in"]:
+        estimated["memory"] = predicted["total"] - predicted["weights"] + result["bytes"]
+    if budget.key in estimated:
+        return budget.check(estimated[budget.key], estimate=True)
+    return budget.check(measured[budget.key])
 
 
 def _ratios(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -292,19 +303,25 @@ def _ratios(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def best_fit(artifacts: list[dict[str, Any]], budgets: Sequence[Budget]) -> dict[str, Any]:
     """The best artifact that meets every budget, or the target size that would.
 
-    Best: the least KL divergence from the student, where every one that fits has it; else the most bits per weight.
+    Best: the least KL divergence from the teacher, else from a student that all share, else the most bits per weight.
     """
     fitting = [found for found in artifacts if found["passed"]]
     if fitting:
-        known = all(found["quality"] for found in fitting)
-        best = min(fitting, key=lambda f: f["quality"]["kl_student"] if known else -f["bits_per_weight"])
-        return {"what": best["what"], "by": "KL divergence from the student" if known else "bits per weight"}
+        qualities = [found["quality"] or {} for found in fitting]
+        if all(quality.get("kl_teacher") is not None for quality in qualities):
+            key, by = "kl_teacher", "KL divergence from the teacher"
+        elif all(quality for quality in qualities) and len({quality["student"] for quality in qualities}) == 1:
+            key, by = "kl_student", "KL divergence from the student"
+        else:
+            return {"what": max(fitting, key=lambda found: found["bits_per_weight"])["what"], "by": "bits per weight"}
+        return {"what": min(fitting, key=lambda found: found["quality"][key])["what"], "by": by}
     limits = {budget.key: budget.limit for budget in budgets if budget.key in ("memory", "disk")}
     smallest = min(artifacts, key=lambda found: found["bytes"])
-    besides = (smallest["memory"]["peak_rss_bytes"] or 0) - smallest["bytes"]
+    overhead = (smallest["memory"]["peak_rss_bytes"] or 0) - smallest["bytes"]
     rooms = [limits["disk"]] if "disk" in limits else []
-    rooms += [limits["memory"] - besides] if "memory" in limits else []
-    room = min(rooms, default=None)
-    if room is None or room <= parse_bytes("1MiB"):
+    rooms += [limits["memory"] - overhead] if "memory" in limits else []
+    # a target counts 4 bits a weight, an artifact has scales and wider parts beside them
+    room = min(rooms, default=0) * 4 / max(4.0, min(smallest["bits_per_weight"], WORST_INT4_BITS))
+    if room <= parse_bytes("1MiB"):
         return {"what": None, "target": None}
     return {"what": None, "target": f"{room / 2**20:.0f}MiB@int4"}

@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .memory import resident
+from .memory import reset_peak, resident
 
 
 class Child:
-    """The commands, by name. Peak memory counts from after the imports on."""
+    """The commands, by name. Peak memory counts from before the artifact is opened on."""
 
     def __init__(self) -> None:
         self.runtime: Any = None
@@ -36,6 +36,7 @@ class Child:
         torch.set_num_threads(threads)
         _import_runtime(Path(what))
         self.baseline = resident()
+        reset_peak()
         started = time.perf_counter()
         self.runtime = runtimes.load(what, threads=threads)
         loaded = time.perf_counter() - started
@@ -47,6 +48,8 @@ class Child:
             "context": self.runtime.context,
             "baseline_rss_bytes": self.baseline,
             "kv_bytes_per_value": self.runtime.kv_bytes_per_value,
+            "memory_bytes": self.runtime.memory_bytes,
+            "every_logit": self.runtime.every_logit,
             "versions": versions(),
         }
 
@@ -114,7 +117,7 @@ def main() -> None:
         try:
             found = getattr(child, command.pop("do"))(**command)
         except Exception as error:  # whatever it is, the parent tells the user in one line
-            found = {"error": " ".join(str(error).split()) or type(error).__name__, "kind": type(error).__name__}
+            found = {"error": " ".join(str(error).split()) or type(error).__name__}
         answers.write(json.dumps(found) + "\n")
 
 

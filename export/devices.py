@@ -98,14 +98,16 @@ def names() -> list[str]:
 def _host(threads: int | None) -> Device:
     import shutil
 
-    from .machine import cores, machine, speed
+    from .machine import available_memory, cores, machine, speed
 
     count = threads or cores()
     bandwidth, compute = speed(count)
     found = machine()
     ram = found["memory_bytes"] or 0
-    free = shutil.disk_usage(".").free
-    return Device("host", f"this machine: {found['processor']}", ram, 0, free, bandwidth, count, compute, "cpu")
+    free = available_memory()
+    taken = ram - free if free is not None else 0
+    disk = shutil.disk_usage(".").free
+    return Device("host", f"this machine: {found['processor']}", ram, taken, disk, bandwidth, count, compute, "cpu")
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,8 @@ def _number(text: str, whole: str) -> float:
 
 def parse_bytes(text: str) -> int:
     """`1GiB`, `500MB` -> bytes. Raises UserError."""
-    found = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]+)", text.strip())
-    if not found or found[2].upper() not in UNITS or found[1].count(".") > 1:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]+)", text.strip())
+    if not found or found[2].upper() not in UNITS:
         raise UserError(f"{text!r} is no size; expected for example 500MB or 1.5GiB")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
@@ -176,12 +178,17 @@ def _rate(text: str, unit: str) -> float:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a model asks of a device: bytes read per token, FLOPs per token, bytes of KV cache per token of context."""
+class Workload:
+    """What a model in its runtime asks of a device.
+
+    nbytes: of its weights in memory. every_logit: the runtime computes logits at every position of a prompt, not at
+    the last one alone.
+    """
 
     shape: Shape
     nbytes: int
     kv_bytes_per_value: int
+    every_logit: bool = False
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -202,19 +209,21 @@ class Load:
     def prefill_seconds(self, device: Device, prompt: int) -> float:
         """Roofline of reading `prompt` tokens at once: the weights are moved once, the arithmetic is done for each."""
         flops = prompt * self.shape.flops_per_token(prompt / 2)
+        if not self.every_logit:
+            flops -= 2 * (prompt - 1) * self.shape.vocab * self.shape.hidden
         return max(self.moved_bytes / device.memory_bandwidth, flops / device.compute)
 
     def memory(self, *, context: int, prompt: int, baseline: int) -> dict[str, int]:
         """Predicted bytes: weights, KV cache at `context`, activations while `prompt` tokens are read, the runtime.
 
-        Activations are the widest that live at once: logits of the prompt, and a few rows of hidden and ffn sizes.
+        Activations are the widest that live at once: logits, and a few rows of hidden and ffn sizes for the prompt.
         """
         shape = self.shape
         widest = 2 * shape.ffn + 3 * shape.hidden + shape.size("heads") + 2 * shape.size("kv_heads")
         parts = {
             "weights": self.nbytes,
             "kv_cache": context * self.kv_bytes_per_token,
-            "activations": 4 * prompt * (shape.vocab + widest),
+            "activations": 4 * ((prompt if self.every_logit else 1) * shape.vocab + prompt * widest),
             "runtime": baseline,
         }
         return parts | {"total": sum(parts.values())}

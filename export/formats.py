@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 Encode = Callable[[str], list[int]]
 Forward = Callable[..., Any]
-# What the RMS difference of logits may be, over their standard deviation, to torch in float32 on the same weights:
-# float32 arithmetic, 16-bit arithmetic or cache, activations rounded to int8
-EXACT, HALF, COARSE = 1e-3, 2e-2, 0.2
+# What the RMS difference of a token's logits may be, over their standard deviation, to torch in float32 on the same
+# weights: float32 arithmetic, 16-bit arithmetic or cache, activations rounded to int8
+EXACT, HALF, COARSE = 1e-3, 5e-2, 0.5
 
 
 class Model(NamedTuple):
@@ -48,8 +48,8 @@ class Format:
     write(student, folder, settings, progress=...); models: the weight files of a folder, the one that `open` runs
     last; sizes: file -> (bytes of weights stored, bytes that arithmetic expects); tolerance: of the logits of `open`
     by precision; own_tokenizers: text -> ids of runtimes that do not read tokenizer.json as transformers does, and
-    what to do where they differ (None: the artifact is still right, and tells); check_tokens: raises CheckFailed where
-    a tokenizer kept in the file itself is another.
+    what to do where they differ (None: the artifact is still right, and tells); check_metadata: raises CheckFailed
+    where sizes, rope or tokens kept in the file itself are others; notes: what a user should know of the artifact.
     """
 
     write: Callable[..., None]
@@ -58,7 +58,8 @@ class Format:
     sizes: Callable[[Path, Path, Settings], Mapping[str, tuple[int, int]]]
     tolerance: Callable[[str], float]
     own_tokenizers: Callable[[Path, Settings], dict[str, tuple[Encode, str | None]]] = lambda folder, settings: {}
-    check_tokens: Callable[[Path, Any], None] = lambda folder, tokenizer: None
+    check_metadata: Callable[[Path, Path], None] = lambda student, folder: None
+    notes: Callable[[Shape, Settings], list[str]] = lambda shape, settings: []
 
 
 # --- onnx -----------------------------------------------------------------------------------------------------------
@@ -85,14 +86,34 @@ def _onnx_models(folder: Path, shape: Shape, settings: Settings) -> Iterator[Mod
 
 
 def _onnx_sizes(student: Path, folder: Path, settings: Settings) -> dict[str, tuple[int, int]]:
-    config = read_config(student)
+    from transformers import AutoConfig
+
+    shape = Shape.from_config(read_config(student))
+    positions = AutoConfig.from_pretrained(student, local_files_only=True).max_position_embeddings
     return {
         path: (
-            to_onnx.data_name(folder / path).stat().st_size,
-            to_onnx.arithmetic_bytes(config, settings, precision),
+            to_onnx.data_name(folder / path).stat().st_size + _embedded(folder / path),
+            to_onnx.arithmetic_bytes(shape, settings, precision, positions=positions),
         )
         for precision, path in to_onnx.graphs(settings).items()
     }
+
+
+def _embedded(graph: Path) -> int:
+    """Bytes of weights inside the graph's own file, where none belong; constants of a node or two are below 1 KiB."""
+    import onnx_ir
+
+    values = [value.const_value for value in onnx_ir.load(graph).graph.initializers.values()]
+    inside = [value for value in values if value is not None and not isinstance(value, onnx_ir.ExternalTensor)]
+    return sum(value.nbytes for value in inside if value.nbytes > 1024)
+
+
+def _unheard(settings: Settings) -> list[str]:
+    """A rule that was given, that nothing here could hold to the model's tokens."""
+    pre = settings.tokenizer_pre
+    if pre is None or pre in gguf_tokenizer.PRE or find_spec("llama_cpp"):
+        return []
+    return [f"--tokenizer-pre {pre} was taken at its word: only llama.cpp knows how it splits text"]
 
 
 def _genai_tokenizer(folder: Path, settings: Settings) -> dict[str, tuple[Encode, str | None]]:
@@ -105,7 +126,10 @@ def _genai_tokenizer(folder: Path, settings: Settings) -> dict[str, tuple[Encode
 
 
 def _gguf_models(folder: Path, shape: Shape, settings: Settings) -> Iterator[Model]:
-    runtimes = {"llama.cpp": (lambda: LlamaCppRuntime(folder).cached_logits, COARSE)} if find_spec("llama_cpp") else {}
+    tolerance = COARSE if settings.precision in to_gguf.BLOCK_BYTES else HALF  # its KV cache is float16
+    runtimes = (
+        {"llama.cpp": (lambda: LlamaCppRuntime(folder).cached_logits, tolerance)} if find_spec("llama_cpp") else {}
+    )
     yield Model(to_gguf.FILE, read_back.gguf_weights(folder / to_gguf.FILE, shape), runtimes)
 
 
@@ -127,7 +151,9 @@ def gguf_fields(folder: Path) -> dict[str, Any]:
 
 def _gguf_tokenizer(folder: Path, settings: Settings) -> dict[str, tuple[Encode, str | None]]:
     fields = gguf_fields(folder)
-    tokenizer = gguf_tokenizer.rebuilt(fields)
+    if fields.get("tokenizer.ggml.pre", "llama-bpe") not in gguf_tokenizer.PRE and not find_spec("llama_cpp"):
+        return {}  # a rule that was given and that only llama.cpp itself knows
+    tokenizer = None if find_spec("llama_cpp") else gguf_tokenizer.rebuilt(fields)
     advice = None  # a rule that was given is taken at its word, and SentencePiece has none
     if settings.tokenizer_pre is None and "tokenizer.ggml.pre" in fields:
         advice = (
@@ -136,11 +162,12 @@ def _gguf_tokenizer(folder: Path, settings: Settings) -> dict[str, tuple[Encode,
         )
     normalizer = load_tokenizer(folder).backend_tokenizer.normalizer
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+    # llama.cpp itself where it is there, else what it would make of the file
+    own = LlamaCppRuntime(folder).tokenize if tokenizer is None else None
 
-    if find_spec("llama_cpp"):  # asked itself where it is there, else rebuilt from what the file says
-        encode = LlamaCppRuntime(folder).tokenize
+    def encode(text: str) -> list[int]:
+        return own(text) if own else tokenizer.encode(text, add_special_tokens=False).ids  # pyright: ignore
+
     if normalizer is None or fields["tokenizer.ggml.model"] == "llama":
         return {"llama.cpp": (encode, advice)}
     # llama.cpp normalizes nothing, as all of Qwen's files have to live with: its rule is held to normalized text
@@ -148,15 +175,68 @@ def _gguf_tokenizer(folder: Path, settings: Settings) -> dict[str, tuple[Encode,
     return {"llama.cpp on normalized text": rule, "llama.cpp": (encode, None)}
 
 
-def _check_gguf_tokens(folder: Path, tokenizer: Any) -> None:
+def _check_gguf_metadata(student: Path, folder: Path) -> None:
+    """Sizes, rope and tokens are the student's: transformers takes them from config.json, llama.cpp from the file."""
+    import gguf
+
+    reader = gguf.GGUFReader(folder / to_gguf.FILE)
+    name = reader.fields["general.architecture"].contents()
+    for key, wanted in _expected_metadata(student).items():
+        field = reader.fields.get(f"{name}.{key}")
+        value = field.contents() if field else None
+        if value is None or abs(value - wanted) > 1e-6 * abs(wanted):  # floats are stored in 32 bits
+            raise CheckFailed(f"{name}.{key} of the GGUF file is {value}, and {wanted} in the student")
+    _check_rope(student, {tensor.name: tensor.data for tensor in reader.tensors}.get("rope_freqs.weight"))
+    _check_gguf_tokens(student, folder)
+
+
+def _expected_metadata(student: Path) -> dict[str, float]:
+    """What transformers makes of the student's config.json, under GGUF's names."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(student, local_files_only=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.dimension_count": head_dim,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _check_rope(student: Path, factors: Any) -> None:
+    """The file's frequencies, base and factors together, are those that the student turns its channels by."""
+    import numpy
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = AutoConfig.from_pretrained(student, local_files_only=True)
+    if config.rope_parameters.get("rope_type", "default") == "linear":
+        return  # a factor of its own, beside the base
+    small = type(config).from_dict(config.to_dict() | {"num_hidden_layers": 1, "layer_types": None, "vocab_size": 8})
+    wanted = AutoModelForCausalLM.from_config(small).base_model.rotary_emb.inv_freq.numpy()
+    plain = config.rope_parameters["rope_theta"] ** -(numpy.arange(len(wanted)) / len(wanted))
+    found = plain if factors is None else plain / factors
+    if not numpy.allclose(found, wanted, rtol=1e-4):
+        raise CheckFailed(f"the GGUF file turns channels by {found[:4]} ..., the student by {wanted[:4]} ...")
+
+
+def _check_gguf_tokens(student: Path, folder: Path) -> None:
     """Every id has the text that the student's tokenizer has for it, and every key its value."""
     found = gguf_fields(folder)
     tokens = found["tokenizer.ggml.tokens"]
-    known = {i: text for text, i in tokenizer.get_vocab().items()}
+    known = {i: text for text, i in load_tokenizer(student).get_vocab().items()}
     for i, text in enumerate(tokens):
         if known.get(i, f"[PAD{i}]") != text:
             raise CheckFailed(f"token {i} is {known.get(i)!a} in the student and {text!a} in the GGUF file")
-    wanted = gguf_tokenizer.tokenizer_fields(folder, len(tokens), pre=found.get("tokenizer.ggml.pre"))
+    wanted = gguf_tokenizer.tokenizer_fields(student, len(tokens), pre=found.get("tokenizer.ggml.pre"))
     for key, value in wanted.items():
         if found.get(key) != value:
             raise CheckFailed(f"{key} of the GGUF file is not the student's")
@@ -178,6 +258,13 @@ def _bitsandbytes_sizes(student: Path, folder: Path, settings: Settings) -> dict
     return {"model.safetensors": (total, expected)}
 
 
+def _kept_whole(shape: Shape, settings: Settings) -> list[str]:
+    kept = to_bitsandbytes.refused(shape, settings.precision)
+    if not kept:
+        return []
+    return [f"{len(kept)} matrices stay as they are, {kept[0]} first: CPU kernels refuse their sizes in nf4"]
+
+
 FORMATS: dict[str, Format] = {
     "onnx": Format(
         write=to_onnx.write_onnx,
@@ -194,13 +281,15 @@ FORMATS: dict[str, Format] = {
         sizes=_gguf_sizes,
         tolerance=lambda precision: EXACT,
         own_tokenizers=_gguf_tokenizer,
-        check_tokens=_check_gguf_tokens,
+        check_metadata=_check_gguf_metadata,
+        notes=lambda shape, settings: _unheard(settings),
     ),
     "bitsandbytes": Format(
         write=to_bitsandbytes.write_bitsandbytes,
         models=_bitsandbytes_models,
         open=TorchRuntime,
         sizes=_bitsandbytes_sizes,
+        notes=_kept_whole,
         tolerance=lambda precision: COARSE,
     ),
 }

@@ -22,10 +22,17 @@ SPACE = "\u2581"  # SentencePiece's mark of a space
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ENGLISH = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WHOLE_FIRST = ("llama-bpe", "tekken")  # a piece that is a token is one, however its merges would go
 # name in llama.cpp -> the expressions its text is split by, one after another
 PRE: dict[str, tuple[str, ...]] = {
     "llama-bpe": (rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",),
     "qwen2": (rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",),
+    "tekken": (_TEKKEN,),
     "gpt-2": (_GPT2,),
     "smollm": (r"\p{N}", _GPT2),
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
@@ -60,7 +67,8 @@ def tokenizer_fields(student: Path, vocab: int, *, pre: str | None = None) -> di
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in core["model"]["merges"]]
     if spm:
         ranks = {merge.replace(" ", "", 1): rank for rank, merge in reversed(list(enumerate(merges)))}
-        fields["tokenizer.ggml.scores"] = [float(-ranks.get(token, 0)) for token in tokens]
+        # the best score is joined first; what no merge makes must come last
+        fields["tokenizer.ggml.scores"] = [float(-ranks.get(token, len(merges))) for token in tokens]
         fields["tokenizer.ggml.add_space_prefix"] = _adds_space(tokenizer)
         if pre is not None:
             raise UserError("a SentencePiece tokenizer has no splitting rule; expected none; leave --tokenizer-pre out")
@@ -69,8 +77,6 @@ def tokenizer_fields(student: Path, vocab: int, *, pre: str | None = None) -> di
             raise UserError("the tokenizer has no merges, and llama.cpp loads none without; export to onnx instead")
         fields["tokenizer.ggml.merges"] = merges
         fields["tokenizer.ggml.pre"] = pre or nearest_pre(tokenizer)
-        if fields["tokenizer.ggml.pre"] not in PRE:
-            raise UserError(f"tokenizer-pre {pre!r} is not known; expected one of {', '.join(PRE)}")
     special = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     for name, ours in special.items():
         if (token_id := getattr(tokenizer, f"{ours}_token_id")) is not None:
@@ -105,9 +111,10 @@ def _adds_space(tokenizer: Any) -> bool:
 def nearest_pre(tokenizer: Any) -> str:
     """The name whose splitting gives the same ids on the most probes; verification tells where it is not all."""
     wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    core = tokenizer.backend_tokenizer.to_str()
 
     def same(name: str) -> int:
-        other = _split_by(tokenizer.backend_tokenizer.to_str(), PRE[name])
+        other = _split_by(core, name)
         return sum(
             other.encode(text, add_special_tokens=False).ids == ids for text, ids in zip(TEXTS, wanted, strict=True)
         )
@@ -115,19 +122,28 @@ def nearest_pre(tokenizer: Any) -> str:
     return max(PRE, key=same)
 
 
-def _split_by(core: str, expressions: tuple[str, ...]) -> Any:
-    from tokenizers import Regex, Tokenizer, pre_tokenizers
+def _split_by(core: str, rule: str) -> Any:
+    """The tokenizer of a tokenizer.json with one of llama.cpp's rules in the place of its own."""
+    from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(core)
-    steps = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in expressions]
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, level])
+    state = json.loads(core)
+    state["model"]["ignore_merges"] = rule in WHOLE_FIRST
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.pre_tokenizer = _splitter(rule)
     return tokenizer
+
+
+def _splitter(rule: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    steps = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in PRE[rule]]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*steps, level])
 
 
 def rebuilt(fields: dict[str, Any]) -> Any:
     """A `tokenizers.Tokenizer` that splits and merges as llama.cpp does with these metadata of a file."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, models, normalizers
 
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -148,11 +164,9 @@ def rebuilt(fields: dict[str, Any]) -> Any:
         tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
     else:
         pairs = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
-        tokenizer.decoder = decoders.ByteLevel()
-        steps = [pre_tokenizers.Split(Regex(e), behavior="isolated") for e in PRE[fields["tokenizer.ggml.pre"]]]
-        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, level])
+        rule = fields["tokenizer.ggml.pre"]
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=rule in WHOLE_FIRST))
+        tokenizer.pre_tokenizer = _splitter(rule)
     for token, kind in zip(tokens, types, strict=True):
         if kind in (CONTROL, USER_DEFINED, UNKNOWN):  # looked for in the text before it is split
             tokenizer.add_tokens([AddedToken(token, special=kind != USER_DEFINED, normalized=False)])

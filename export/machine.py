@@ -57,15 +57,28 @@ def _memory() -> int | None:
         return None
 
 
+def available_memory() -> int | None:
+    """Bytes that a new process could take without swapping; None where the system does not tell."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.M)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
 def speed(threads: int) -> tuple[float, float]:
     """(bytes per second read from memory, float32 FLOP per second of a matrix product): the best of five tries each."""
     import torch
 
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    values = torch.ones(READ_BYTES // 4)
-    square = torch.ones(1536, 1536)
-    reading = min(_timed(lambda: values.sum()) for _ in range(REPEATS))
-    product = min(_timed(lambda: square @ square) for _ in range(REPEATS))
+    try:
+        values = torch.ones(READ_BYTES // 4)
+        square = torch.ones(1536, 1536)
+        reading = min(_timed(lambda: values.sum()) for _ in range(REPEATS))
+        product = min(_timed(lambda: square @ square) for _ in range(REPEATS))
+    finally:
+        torch.set_num_threads(before)
     return READ_BYTES / reading, 2 * 1536**3 / product
 
 

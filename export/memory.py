@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,13 +11,28 @@ from pathlib import Path
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+def reset_peak() -> None:
+    """Start counting the peak anew, at what is resident now; only Linux can."""
+    with suppress(OSError):
+        CLEAR.write_text("5")
+
+
 def resident(key: str = "VmRSS") -> int | None:
     """Bytes of resident memory now (VmRSS) or at most so far (VmHWM); None where the system does not tell."""
     try:
         found = re.search(rf"^{key}:\s+(\d+) kB", STATUS.read_text(), flags=re.M)
     except OSError:
-        return None
+        return _most() if key == "VmHWM" else None
     return int(found[1]) * 1024 if found else None
+
+
+def _most() -> int | None:
+    """The peak since the process began, where there is no /proc; macOS counts bytes, others KiB."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Peak:
@@ -28,8 +44,7 @@ class Peak:
 @contextmanager
 def peak_memory() -> Iterator[Peak]:
     """The most resident memory of the process while the block runs, what it held before included."""
-    with suppress(OSError):
-        CLEAR.write_text("5")  # starts VmHWM anew at what is resident now
+    reset_peak()
     found = Peak()
     yield found
     found.peak = resident("VmHWM")

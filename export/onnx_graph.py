@@ -1,8 +1,8 @@
 """The ONNX graph: built by onnxruntime-genai's builder in float32, then rounded, halved and written by passes of ours.
 
-The builder's own int4 and int8 leave a float32 table behind for a tied embedding; here one packed table serves both
-lm_head (MatMulNBits) and embedding (GatherBlockQuantized). Weights are evaluated one at a time and go straight to
-the data file, so that memory holds the student as stored plus one matrix.
+The builder's own int8 leaves a float32 table behind for a tied embedding; here one packed table serves both lm_head
+(MatMulNBits) and embedding (Gather and a few standard nodes), at 4 and at 8 bits. Weights are evaluated one at a time
+and go straight to the data file, so that memory holds the student as stored and a few copies of one matrix.
 Suffixes: N output channels, K input channels, V vocabulary, H hidden size, G blocks of a row.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.errors import UserError
 
-from .rounding import Blocks, round_blocks
+from .rounding import ASYMMETRIC, Blocks, round_blocks
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -56,7 +56,10 @@ class DataFile:
         )
         return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=stored)
 
-    def close(self) -> None:
+    def __enter__(self) -> DataFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -108,8 +111,7 @@ def write(
     import onnx_ir as ir
 
     graph: Any = model.graph
-    data = DataFile(path.with_name(data_name))
-    try:
+    with DataFile(path.with_name(data_name)) as data:
         _embed_from_rows(graph)
         for name, value in list(graph.initializers.items()):
             width = bits(name)
@@ -123,8 +125,6 @@ def write(
                 _round(graph, value, data, bits=width, block=block, algorithm=algorithm, half=half)
             if progress is not None:
                 progress(value.const_value.size)
-    finally:
-        data.close()
     if half:
         _halve(graph)
     for value in (*graph.inputs, *graph.outputs):
@@ -180,8 +180,9 @@ def _round(
     if name != EMBEDDING:
         weight = weight.T  # the builder stores (K, N)
     block = fitting_block(block, weight.shape[1])
-    # one table serves lm_head and embedding, and the embedding knows no zero points
-    blocks = round_blocks(weight, bits=bits, block=block, algorithm="rtn" if table else algorithm)
+    if table and algorithm in ASYMMETRIC:  # one table serves lm_head and embedding, which knows no zero points
+        algorithm = "search"
+    blocks = round_blocks(weight, bits=bits, block=block, algorithm=algorithm)
     inputs = [data.add(f"{name}_q{bits}", blocks.packed().numpy())]
     inputs.append(data.add(f"{name}_scales", blocks.scale_NG.numpy(), half=half))
     if blocks.zero_NG is not None:
@@ -200,35 +201,43 @@ def _round(
     graph.initializers.pop(name)
 
 
-def _gather(
-    graph: onnx_ir.Graph, node: onnx_ir.Node, inputs: list[onnx_ir.Value], sizes: dict[str, int], *, hidden: int
-) -> None:
-    """The embedding from packed rows: blocks (.., G, B) of a token, laid end to end and cut to the hidden size."""
+def _gather(graph: Any, node: Any, inputs: list[Any], sizes: dict[str, int], *, hidden: int) -> None:
+    """The embedding from packed rows: a token's blocks (.., G, B) unpacked, laid end to end, cut to the hidden size.
+
+    GatherBlockQuantized would do it in one node, but onnxruntime's builds for browsers have no CPU kernel for it.
+    """
+    import numpy
     import onnx_ir as ir
 
-    def constant(name: str, values: list[int]) -> onnx_ir.Value:
-        import numpy
+    new: list[onnx_ir.Node] = []
 
-        value = ir.Value(name=f"{node.name}/{name}", const_value=ir.tensor(numpy.array(values, numpy.int64)))
+    def constant(name: str, values: Any, dtype: Any = numpy.int64) -> onnx_ir.Value:
+        value = ir.Value(name=f"{node.name}/{name}", const_value=ir.tensor(numpy.array(values, dtype)))
         graph.initializers.add(value)
         return value
 
+    def add(kind: str, name: str, values: list[Any], **attributes: Any) -> onnx_ir.Value:
+        new.append(ir.node(kind, values, attributes, name=f"{node.name}/{name}"))
+        return new[-1].outputs[0]
+
+    packed, scales = inputs
+    ids, end = node.inputs[1], constant("end", [-1])
+    rows = add("Gather", "rows", [packed, ids], axis=0)
+    if sizes["bits"] == 4:  # the earlier value of a byte is its low half
+        low = add("BitwiseAnd", "low", [rows, constant("fifteen", 15, numpy.uint8)])
+        high = add("BitShift", "high", [rows, constant("four", 4, numpy.uint8)], direction="RIGHT")
+        columns = [add("Unsqueeze", f"{name}_column", [half, end]) for name, half in (("low", low), ("high", high))]
+        pairs = add("Concat", "pairs", columns, axis=-1)
+        rows = add("Reshape", "unpacked", [pairs, constant("blocks", [0, 0, 0, -1])])
+    middle = constant("middle", 2 ** (sizes["bits"] - 1), scales.dtype.numpy())
+    centred = add("Sub", "centred", [add("Cast", "cast", [rows], to=scales.dtype), middle])
+    factors = add("Unsqueeze", "factors", [add("Gather", "scales", [scales, ids], axis=0), end])
+    joined = add("Reshape", "joined", [add("Mul", "values", [centred, factors]), constant("shape", [0, 0, -1])])
+    if hidden % sizes["block_size"]:
+        ends = [constant(name, [value]) for name, value in (("start", 0), ("stop", hidden), ("axis", 2))]
+        add("Slice", "cut", [joined, *ends])
     # a tied table was read by columns until now, and turned round after
     last = node.outputs[0].consumers()[0] if "axis" in node.attributes else node
-    packed, scales = inputs
-    columns = ir.node("Unsqueeze", [scales, constant("axes", [-1])], name=f"{node.name}/Unsqueeze")
-    rows = ir.node(
-        "GatherBlockQuantized",
-        [packed, node.inputs[1], columns.outputs[0]],
-        {"gather_axis": 0, "quantize_axis": 2, **sizes},
-        domain=MICROSOFT,
-        name=node.name,
-    )
-    joined = ir.node("Reshape", [rows.outputs[0], constant("shape", [0, 0, -1])], name=f"{node.name}/Reshape")
-    new = [columns, rows, joined]
-    if hidden % sizes["block_size"]:
-        ends = [constant("start", [0]), constant("end", [hidden]), constant("axis", [2])]
-        new.append(ir.node("Slice", [joined.outputs[0], *ends], name=f"{node.name}/Slice"))
     _replace(graph, last, new)
     if last is not node:
         graph.remove(node, safe=True)

@@ -30,7 +30,7 @@ class PlainOnnx:
             source = _in_float32(graph) if exact else graph
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no base class
-            why = str(error).strip().splitlines()[0]
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"onnxruntime cannot open {graph} ({why}); expected a decoder graph; export again"
             ) from error

@@ -1,7 +1,8 @@
-"""The weights of an artifact, read from its files as its format is specified, apart from the code that wrote it.
+"""The weights of an artifact, read from its files as its format is specified.
 
 Each tensor comes under its Hugging Face name, in (out, in) order, with the interval in which the student's weight
 must lie for the stored value to be its rounding. A changed block, a doubled scale or a swapped matrix falls outside.
+The code that wrote is not asked, but for GGUF's names and order of rows, which transformers' own reading guards.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 SLACK = 0.02  # of a step: what float32 arithmetic may move a weight at the border of two steps
-HALF_SLACK = 2.0**-10  # of the weight: a scale stored in float16 is off by half of this at most
-CLIPPED = 2.5  # steps that a weight may lie beyond the end of its block's range
+HALF_SLACK = 2.0**-10  # of a product: a scale stored in float16 is off by half of this at most
+TINY = 2.0**-25  # and by this where it is below float16's smallest normal number, or vanishes
+CLIPPED = 3.0 + SLACK  # steps that a weight may lie beyond its block's range: `search` takes 0.8 of the scale
 
 
 class Read(NamedTuple):
@@ -32,26 +34,30 @@ class Read(NamedTuple):
 
 
 def onnx_weights(graph_path: Path, shape: Shape) -> Iterator[Read]:
-    """The weights of a graph that `onnx_graph.write` wrote: MatMulNBits, GatherBlockQuantized and plain initializers.
+    """The weights of a graph that `onnx_graph.write` wrote: packed for MatMulNBits, or plain initializers.
 
-    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md has the layouts.
+    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md has the layout. An embedding's table is
+    packed alike and read by its rows; one that lm_head shares comes once.
     """
     import onnx_ir as ir
 
     graph: Any = ir.load(graph_path).graph
     seen: set[str] = set()
     for node in graph:
-        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
-            continue
+        table = node.inputs[0] if node.op_type == "Gather" else None
         if node.op_type == "MatMulNBits":
             packed, scales, *zeros = (value for value in node.inputs[1:4] if value is not None)
+            bits, columns = node.attributes["bits"].as_int(), node.attributes["K"].as_int()
+        elif table is not None and (found := re.search(r"_q(\d)$", str(table.name))):
+            packed, zeros, bits, columns = table, [], int(found[1]), shape.hidden
+            scales = graph.initializers[re.sub(r"_q\d$", "_scales", str(table.name))]
         else:
-            packed, scales, zeros = node.inputs[0], node.inputs[2].producer().inputs[0], []
+            continue
+        if packed.name in seen:
+            continue
         seen |= {str(value.name) for value in (packed, scales, *zeros)}
-        bits = node.attributes["bits"].as_int()
         parts = [_array(value) for value in (packed, scales, *zeros)]
         base = re.sub(r"_q\d$", "", str(packed.name))
-        columns = node.attributes["K"].as_int() if "K" in node.attributes else shape.hidden
         yield from _named(base, _blocks(*parts, bits=bits, columns=columns), shape)
     for name, value in graph.initializers.items():
         if name in seen or re.search(r"(_cache|/\w+)$", name):  # rope tables, constants of the graph's own
@@ -70,7 +76,7 @@ def _array(value: Any) -> torch.Tensor:
 
 
 def _blocks(
-    packed_NGB: torch.Tensor, scale_NG: torch.Tensor, zeros: torch.Tensor | None = None, *, bits: int, columns: int
+    packed_NGB: torch.Tensor, scales_NG: torch.Tensor, zeros: torch.Tensor | None = None, *, bits: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Value, low and high (N, K) of a packed matrix."""
     import torch
@@ -83,7 +89,7 @@ def _blocks(
     q_NGB = unpack(packed_NGB).float()
     N, G, _ = q_NGB.shape
     zero = 2.0 ** (bits - 1) if zeros is None else unpack(zeros.view(N, -1))[:, :G].float().unsqueeze(-1)
-    scale_NG1 = scale_NG.view(N, G, 1).float()
+    scale_NG1 = scales_NG.view(N, G, 1).float()
     values = tuple(
         (scale_NG1 * (q_NGB + shift - zero)).reshape(N, -1)[:, :columns]
         for shift in (
@@ -93,7 +99,9 @@ def _blocks(
         )
     )
     value, one, other = values
-    slack = value.abs() * (HALF_SLACK if scale_NG.dtype == torch.float16 else 0)
+    slack = torch.zeros(())
+    if scales_NG.dtype == torch.float16:
+        slack = value.abs() * HALF_SLACK + (q_NGB - zero).abs().reshape(N, -1)[:, :columns] * TINY
     return value, torch.minimum(one, other) - slack, torch.maximum(one, other) + slack  # a scale may be negative
 
 
@@ -103,7 +111,10 @@ def _floats(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
     spread = 0.0 if values.dtype == torch.float32 else torch.finfo(values.dtype).eps
     value = values.float()
-    reach = value.abs() * spread + spread**2 / 2  # and half of the smallest subnormal
+    reach = value.abs() * spread
+    if spread:
+        limits = torch.finfo(values.dtype)
+        reach = reach + limits.smallest_normal * limits.eps / 2  # half of the smallest subnormal
     return value, value - reach, value + reach
 
 
@@ -168,7 +179,10 @@ def _steps(value: torch.Tensor, data: Any, kind: str) -> tuple[torch.Tensor, tor
         bottom_GB = value_GB <= -step_G1.abs() * (2 ** (bits - 1) - 1.5)
         ends_GB = torch.where(step_G1 > 0, top_GB, bottom_GB)
         reach_GB = torch.where(ends_GB, step_G1.abs() * (1 + SLACK), reach_GB)
-    reach_GB = reach_GB + value_GB.abs() * HALF_SLACK
+    minimum_G1 = torch.zeros(())
+    if with_minimum:
+        minimum_G1 = torch.from_numpy(blocks[:, 2:4].copy().view(numpy.float16).astype(numpy.float32))
+    reach_GB = reach_GB + ((value_GB - minimum_G1).abs() + minimum_G1.abs()) * HALF_SLACK + 2**bits * TINY
     low, high = value_GB - reach_GB, value_GB + reach_GB
     return value, low.view(value.shape), high.view(value.shape)
 

@@ -100,7 +100,7 @@ def _k_quant(weight_NGB: torch.Tensor, bits: int) -> Blocks:
 
 
 def _hqq(weight_NGB: torch.Tensor, bits: int) -> Blocks:
-    """Half-quadratic quantization by onnxruntime; its zero points are rounded, since the embedding takes no others."""
+    """Half-quadratic quantization by onnxruntime; its zero points are rounded, to be packed as 4-bit integers."""
     from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, HQQWeightOnlyQuantizer
 
     N, G, B = weight_NGB.shape
@@ -110,14 +110,19 @@ def _hqq(weight_NGB: torch.Tensor, bits: int) -> Blocks:
 
 
 def _asymmetric(weight_NGB: torch.Tensor, scale_NG: torch.Tensor, zero_NG: torch.Tensor, bits: int) -> Blocks:
+    import torch
+
     top = 2**bits - 1
-    scale_NG = scale_NG.float()
-    zero_NG = zero_NG.float().clamp(0, top)
+    # a block of one sign has its zero beyond the range: it is rounded symmetrically
+    one_sided_NG = (weight_NGB.amin(-1) > 0) | (weight_NGB.amax(-1) < 0)
+    scale_NG = torch.where(one_sided_NG, _nearest(weight_NGB, bits).scale_NG, scale_NG.float())
+    zero_NG = torch.where(one_sided_NG, 2.0 ** (bits - 1), zero_NG.float().clamp(0, top))
     steps_NG = scale_NG.where(scale_NG != 0, scale_NG.new_ones(()))
     q_NGB = (weight_NGB / steps_NG.unsqueeze(-1)).round_().add_(zero_NG.unsqueeze(-1)).clamp_(0, top)
     return Blocks(q_NGB.byte(), scale_NG, zero_NG.byte(), bits)
 
 
+ASYMMETRIC = ("k_quant", "hqq")
 ALGORITHMS: dict[str, Callable[[Any, int], Blocks]] = {
     "rtn": _nearest,
     "search": _searched,

@@ -17,6 +17,7 @@ DEFAULT_PRECISION = {"onnx": "int4", "bitsandbytes": "nf4", "gguf": "q8_0"}
 ALGORITHMS = ("rtn", "search", "k_quant", "hqq")
 BLOCKS = (16, 32, 64, 128, 256)
 SENSITIVE = ("head", "first", "last")
+FLAGS = {"block": "block-size", "tokenizer_pre": "tokenizer-pre"}  # where the option has another name
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,24 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """onnx-int4: what a run's export folder and a report call it."""
-        return f"{self.format}-{self.precision}"
+        """onnx-int4: what a run's export folder and a report call it; with `web` onnx-int4-web."""
+        return f"{self.format}-{self.precision}" + ("-web" if self.web else "")
 
     def to_dict(self) -> dict[str, Any]:
         """As written to export.json; dials of other formats are left out."""
         values = asdict(self) | {"sensitive": list(self.sensitive)}
-        mine = {
-            "onnx": ("block", "algorithm", "sensitive", "web") if self.precision.startswith("int") else ("web",),
-            "gguf": ("tokenizer_pre",),
-        }
-        return {key: values[key] for key in ("format", "precision", *mine.get(self.format, ()))}
+        return {key: values[key] for key in ("format", "precision", *self.dials)}
+
+    @property
+    def dials(self) -> tuple[str, ...]:
+        """The dials that change what is written; with `web` there are int8 and int4 graphs whatever the precision."""
+        if self.format == "gguf":
+            return ("tokenizer_pre",)
+        if self.format != "onnx":
+            return ()
+        if self.web or self.precision == "int4":
+            return ("block", "algorithm", "sensitive", "web")
+        return ("block", "web") if self.precision == "int8" else ("web",)
 
     def bits(self, name: str, *, layers: int, tied: bool, precision: str | None = None) -> int | None:
         """The width of a matrix in an ONNX graph, by its Hugging Face or builder name; None in floating point."""
@@ -77,10 +85,11 @@ def settings_of(format: str, precision: str | None = None, **dials: Any) -> Sett
     """
     settings = parse(f"{format}-{precision}" if precision else format)
     given = {key: value for key, value in dials.items() if value is not None}
+    known = replace(settings, web=bool(given.get("web")) and settings.format == "onnx").dials
     for key in given:
-        if key not in settings.to_dict():
-            known = ", ".join(list(settings.to_dict())[2:]) or "none"
-            raise UserError(f"{key} is no dial of {settings.name}; expected {known}; leave it out")
+        if key not in known:
+            words = ", ".join(f"--{FLAGS.get(name, name)}" for name in known) or "none"
+            raise UserError(f"--{FLAGS.get(key, key)} is no option of {settings.name}; expected {words}; leave it out")
     if "sensitive" in given:
         parts = given["sensitive"].split(",")
         given["sensitive"] = () if parts == ["none"] else tuple(part.strip() for part in parts)

@@ -23,9 +23,8 @@ def render_export(result: dict[str, Any]) -> None:
     for row in fidelity_rows(manifest):
         table.add_row(*map(Text, row))
     console.print(table)
-    for check in manifest["checks"]:
-        if "warning" in check:
-            console.print(Text(f"warning: {check['warning']}"))
+    for warning in manifest["warnings"]:
+        console.print(Text(f"warning: {warning}"))
     print(result["path"])
 
 
@@ -33,8 +32,10 @@ def fidelity_rows(manifest: dict[str, Any]) -> list[list[str]]:
     """Size, peak memory of the export, and what was measured of the artifact, as pairs of text."""
     bits = f"{size(manifest['bytes'])}, {manifest['bits_per_weight']:.2f} bits per weight"
     rows = [["size on disk", bits]]
-    if manifest["peak_memory_bytes"] is not None:
-        rows.append(["peak memory while writing", size(manifest["peak_memory_bytes"])])
+    peak = manifest["peak_memory_bytes"]
+    if peak["write"] is not None:
+        words = f"{size(peak['write'])} to write, {size(peak['verify'])} to verify, libraries included"
+        rows.append(["peak memory", words])
     rows.append(
         [
             "time",

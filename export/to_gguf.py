@@ -11,8 +11,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
 from compressor import families
-from compressor.checkpoint import Checkpoint, copy_tokenizer, read_config
+from compressor.checkpoint import Checkpoint, copy_files, copy_tokenizer
 from compressor.errors import UserError
 from compressor.run import write_json
 from compressor.runtime.in_gguf import FILE
@@ -22,7 +24,6 @@ from .gguf_tokenizer import tokenizer_fields
 from .settings import Settings
 
 if TYPE_CHECKING:
-    import numpy
     import torch
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -45,34 +46,41 @@ def write_gguf(
     Raises UserError for a family or a rope scaling that llama.cpp has no graph for.
     """
     import gguf
+    from transformers import AutoConfig
 
     checkpoint = Checkpoint(student)
-    config, shape = read_config(student), checkpoint.shape
-    _check_window(config)
+    shape = checkpoint.shape
+    config: Any = AutoConfig.from_pretrained(student, local_files_only=True)
+    _check_window(config.to_dict())
+    names, tensors = tensor_names(shape), layout(shape, settings.precision)
     writer = gguf.GGUFWriter(folder / FILE, architecture(shape), use_temp_file=False)
-    _write_sizes(writer, student, config, shape, settings, dict(about or {}))
-    for key, value in tokenizer_fields(student, shape.vocab, pre=settings.tokenizer_pre).items():
-        _add(writer, key, value)
-    names = tensor_names(shape)
-    for name, (kind, rows, row_bytes) in layout(shape, settings.precision).items():
-        target = names[name]
-        # described first, streamed below: the file needs its header before its data
-        writer.add_tensor_info(target, [rows, row_bytes] if rows else [row_bytes], *_described(kind, rows, row_bytes))
-    factors = _rope_factors(student)
-    if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, (kind, _, _) in layout(shape, settings.precision).items():
-        weight = checkpoint.tensor(name).float()
-        writer.write_tensor_data(encoded(permuted(name, weight, shape), kind))
-        if progress is not None:
-            progress(weight.numel())
-    if factors is not None:
-        writer.write_tensor_data(factors)
-    writer.close()
-    write_json(folder / "config.json", config)
+    try:
+        # transformers takes a llama file for Mistral's where its name says so
+        _write_sizes(writer, config, shape, settings, {"name": student.name} | dict(about or {}))
+        for key, value in tokenizer_fields(student, shape.vocab, pre=settings.tokenizer_pre).items():
+            _add(writer, key, value)
+        for name, (kind, rows, row_bytes) in tensors.items():
+            # described first, streamed below: the file needs its header before its data
+            described = [rows, row_bytes] if rows else [row_bytes]
+            raw = gguf.GGMLQuantizationType[kind.upper()]
+            writer.add_tensor_info(names[name], described, numpy.dtype(numpy.uint8), max(rows, 1) * row_bytes, raw)
+        factors = _rope_factors(config)
+        if factors is not None:
+            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, (kind, _, _) in tensors.items():
+            weight = checkpoint.tensor(name).float()
+            writer.write_tensor_data(encoded(permuted(name, weight, shape), kind))
+            if progress is not None:
+                progress(weight.numel())
+        if factors is not None:
+            writer.write_tensor_data(factors)
+    finally:
+        writer.close()
+    write_json(folder / "config.json", checkpoint.config)
+    copy_files(student, folder, ["generation_config.json"])
     copy_tokenizer(student, folder)
 
 
@@ -93,6 +101,10 @@ def layout(shape: Shape, precision: str) -> dict[str, tuple[str, int, int]]:
     for name, axes in families.tensors(shape):
         *rows, columns = (shape.size(axis) for axis in axes)
         kind = precision
+        if kind in BLOCK_BYTES and (name.startswith("lm_head") or (shape.tied and "embed_tokens" in name)):
+            kind = (
+                "q8_0"  # a head at 4 bits costs far more quality than its bytes are worth; llama.cpp keeps 6 to 8 too
+            )
         if not rows:
             kind = "f32"
         elif kind in BLOCK_BYTES and columns % BLOCK:
@@ -117,21 +129,9 @@ def arithmetic_bytes(config: Mapping[str, Any], settings: Settings) -> int:
     return sum(max(rows, 1) * row_bytes for _, rows, row_bytes in layout(shape, settings.precision).values())
 
 
-def _described(kind: str, rows: int, row_bytes: int) -> tuple[Any, int, Any]:
-    """dtype, bytes and type of a tensor, as GGUFWriter.add_tensor_info wants them for encoded data."""
-    import gguf
-    import numpy
-
-    total = max(rows, 1) * row_bytes
-    if kind == "f32":
-        return numpy.dtype(numpy.uint8), total, gguf.GGMLQuantizationType.F32
-    return numpy.dtype(numpy.uint8), total, gguf.GGMLQuantizationType[kind.upper()]
-
-
 def encoded(weight: torch.Tensor, kind: str) -> numpy.ndarray:
     """The bytes of a tensor in one of gguf's types."""
     import gguf
-    import numpy
 
     values = numpy.ascontiguousarray(weight.numpy(), dtype=numpy.float32)
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind.upper()])
@@ -139,34 +139,32 @@ def encoded(weight: torch.Tensor, kind: str) -> numpy.ndarray:
 
 def permuted(name: str, weight: torch.Tensor, shape: Shape) -> torch.Tensor:
     """Rows of q and k so that the channels that turn together lie side by side: (2, d/2) becomes (d/2, 2)."""
-    heads = {"q_proj": shape.num_heads, "k_proj": shape.num_kv_heads}.get(name.split(".")[-2])
-    if heads is None or architecture(shape) != "llama":
-        return weight
-    return weight.view(heads, 2, shape.head_dim // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    return _reordered(name, weight, shape, (2, shape.head_dim // 2))
 
 
 def unpermuted(name: str, weight: torch.Tensor, shape: Shape) -> torch.Tensor:
     """The inverse of `permuted`."""
+    return _reordered(name, weight, shape, (shape.head_dim // 2, 2))
+
+
+def _reordered(name: str, weight: torch.Tensor, shape: Shape, split: tuple[int, int]) -> torch.Tensor:
     heads = {"q_proj": shape.num_heads, "k_proj": shape.num_kv_heads}.get(name.split(".")[-2])
     if heads is None or architecture(shape) != "llama":
         return weight
-    return weight.view(heads, shape.head_dim // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    return weight.view(heads, *split, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def _write_sizes(
-    writer: Any, student: Path, config: Mapping[str, Any], shape: Shape, settings: Settings, about: dict[str, str]
-) -> None:
+def _write_sizes(writer: Any, config: Any, shape: Shape, settings: Settings, about: dict[str, str]) -> None:
+    """Everything but the tokenizer; `config` is transformers', with its defaults filled in."""
     import gguf
 
     kinds = {"f32": "ALL_F32"} | {kind: f"MOSTLY_{kind.upper()}" for kind in (*BLOCK_BYTES, "f16", "bf16")}
-    # transformers takes a llama file for Mistral's where its name says so
-    writer.add_name(about.pop("name", student.name))
     for key, value in about.items():
         writer.add_string(f"general.{key}", value)
     writer.add_file_type(gguf.LlamaFileType[kinds[settings.precision]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(shape.vocab)
-    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.num_layers)
     writer.add_feed_forward_length(shape.ffn)
@@ -174,9 +172,9 @@ def _write_sizes(
     writer.add_head_count_kv(shape.num_kv_heads)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(shape.head_dim)
-    rope = _rope(student)
+    rope = config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
     kind = rope.get("rope_type", "default")
     if kind == "linear":
@@ -188,23 +186,14 @@ def _write_sizes(
         )
 
 
-def _rope(student: Path) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    return dict(AutoConfig.from_pretrained(student, local_files_only=True).rope_parameters)
-
-
-def _rope_factors(student: Path) -> Any:
+def _rope_factors(config: Any) -> Any:
     """What llama.cpp divides each frequency by, for llama3's scaling: (head_dim / 2,), or None without it."""
-    from transformers import AutoConfig
+    import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = AutoConfig.from_pretrained(student, local_files_only=True)
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None
-    import torch
-
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     dim = 2 * len(scaled)
     plain = rope["rope_theta"] ** -(torch.arange(0, dim, 2).float() / dim)

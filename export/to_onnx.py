@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from compressor.run import write_json
 from compressor.shape import Shape
 
 from .onnx_graph import build, fitting_block, write
+from .rounding import ASYMMETRIC
 from .settings import Settings
 
 WEB_NAMES = {
@@ -86,12 +87,14 @@ def _bits_by_builder_name(settings: Settings, shape: Shape, precision: str) -> C
     return bits
 
 
-def arithmetic_bytes(config: Mapping[str, Any], settings: Settings, precision: str) -> int:
-    """What the data file of one graph must hold: packed weights, a scale a block, norms, biases, rope tables."""
-    shape = Shape.from_config(config)
+def arithmetic_bytes(shape: Shape, settings: Settings, precision: str, *, positions: int) -> int:
+    """What the data file of one graph must hold: packed weights, a scale a block, norms, biases, rope tables.
+
+    positions: how many the rope tables have, the model's context.
+    """
     half = precision in ("fp16", "q4f16")
     value = 2 if half else 4
-    total = 2 * value * config["max_position_embeddings"] * shape.head_dim // 2
+    total = 2 * value * positions * shape.head_dim // 2
     for name, axes in families.tensors(shape):
         sizes = [shape.size(axis) for axis in axes]
         bits = settings.bits(name, layers=shape.num_layers, tied=shape.tied, precision=precision)
@@ -102,13 +105,9 @@ def arithmetic_bytes(config: Mapping[str, Any], settings: Settings, precision: s
         block = fitting_block(settings.block, columns)
         blocks = -(-columns // block)
         total += rows * blocks * (block * bits // 8 + value)
-        symmetric = settings.algorithm in ("rtn", "search") or bits == 8 or _is_table(name, shape)
+        symmetric = settings.algorithm not in ASYMMETRIC or bits == 8 or "embed_tokens" in name
         total += 0 if symmetric else rows * -(-blocks * bits // 8)
     return total
-
-
-def _is_table(name: str, shape: Shape) -> bool:
-    return "embed_tokens" in name or (shape.tied and name.startswith("lm_head"))
 
 
 def _web_config(settings: Settings) -> dict[str, Any]:
@@ -122,10 +121,11 @@ def _web_config(settings: Settings) -> dict[str, Any]:
 
 
 def repair_tokenizer(folder: Path) -> None:
-    """Write two keys of tokenizer_config.json as every reader knows them.
+    """Write three keys of tokenizer_config.json as every reader knows them.
 
-    transformers 5 names a class that 4.57 and older runtimes do not know, and lists extra special tokens where they
-    want a mapping. The older spellings mean the same to all of them.
+    transformers 5 names a class that 4.57 and older runtimes do not know, lists extra special tokens where they want a
+    mapping, and keeps the chat template in a file that transformers.js does not read. The older spellings mean the same
+    to all of them.
     """
     path = folder / "tokenizer_config.json"
     if not path.exists():
@@ -135,4 +135,7 @@ def repair_tokenizer(folder: Path) -> None:
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(values.get("extra_special_tokens"), list):
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    template = folder / "chat_template.jinja"
+    if template.exists():
+        values["chat_template"] = template.read_text(encoding="utf-8")
     write_json(path, values)

@@ -7,6 +7,7 @@ the KV cache are held to the noise of the runtime's arithmetic, however coarse t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,18 @@ SIZE_TOLERANCE = 0.03
 # (tokens in all, tokens read at once) of the logit checks; cut to the model's context
 LENGTHS = ((1, 1), (7, 7), (64, 64), (200, 200), (12, 1), (40, 17))
 GREEDY_TOKENS = 24
-TIE = 6  # times the tolerance: how far apart two single logits may be drawn by errors whose RMS is within it
+TIE = 6  # times the RMS error found: how far apart two single logits may be drawn by it
+EQUAL = 1e-3  # of the spread: two logits this near are a tie anyhow
 
 
-def verify(student: Path, folder: Path, settings: Settings, format: Format) -> list[dict[str, Any]]:
-    """Run every check and return what each found: [{"check", "detail", ...figures}].
+def verify(student: Path, folder: Path, settings: Settings, format: Format) -> tuple[list[dict[str, Any]], Runtime]:
+    """Run every check; return what each found, [{"check", "detail", ...figures}], and the artifact's open runtime.
 
     Raises CheckFailed at the first that fails, and UserError where the artifact cannot be opened at all.
     """
     reference = TorchRuntime(student, dtype=torch.float32, device="cpu")
     results = [_sizes(student, folder, settings, format)]
+    format.check_metadata(student, folder)
     for model in format.models(folder, Checkpoint(student).shape, settings):
         results.append(_weights(student, reference, model.name, model.weights))
         for name, (start, tolerance) in model.runtimes.items():
@@ -47,8 +50,8 @@ def verify(student: Path, folder: Path, settings: Settings, format: Format) -> l
         raise CheckFailed(f"the context is {runtime.context} in the artifact and {reference.context} in the student")
     tolerance = format.tolerance(settings.precision)
     results.append(_logits(name_of(runtime), runtime.cached_logits, reference, tolerance))
-    results.append(_greedy(runtime, reference, tolerance))
-    return results
+    results.append(_greedy(runtime, reference, results[-1]["error"]))
+    return results, runtime
 
 
 def _sizes(student: Path, folder: Path, settings: Settings, format: Format) -> dict[str, Any]:
@@ -72,6 +75,8 @@ def _weights(student: Path, reference: TorchRuntime, file: str, stored: Iterator
     parameters = dict(reference.model.named_parameters())
     squares = total = 0.0
     for name, value, low, high in stored:
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise CheckFailed(f"{file} holds {name} of shape {tuple(value.shape)}, which the student does not have")
         weight = checkpoint.tensor(name).float()
         outside = (weight < low) | (weight > high) | ~value.isfinite()
         if outside.any():
@@ -104,7 +109,6 @@ def _tokenizer(folder: Path, reference: TorchRuntime, settings: Settings, format
                 f"the tokenizer reads {text[:40]!a} otherwise from token {at}: {ids[at : at + 4]} in the student, "
                 f"{found[at : at + 4]} in the artifact"
             )
-    format.check_tokens(folder, student)
     result: dict[str, Any] = {"check": "tokenizer", "detail": f"the same ids on {len(TEXTS)} texts"}
     for name, (encode, advice) in format.own_tokenizers(folder, settings).items():
         other = [text for text, ids in zip(TEXTS, wanted, strict=True) if encode(text) != ids]
@@ -149,30 +153,33 @@ def _logits(
         ids = _probe_ids(reference, length)
         expected = reference.logits(ids)
         found = forward(ids, prefill=prefill)[:, : expected.shape[1]]
-        error = float((found - expected).square().mean().sqrt() / expected.std())
-        if not error <= tolerance:
-            far = (found - expected).abs().amax(-1)
+        errors_T = (found - expected).square().mean(-1).sqrt() / expected.std(-1)
+        error = float(errors_T.nan_to_num(nan=math.inf).max())
+        if error > tolerance:
+            place = int(errors_T.nan_to_num(nan=math.inf).argmax())
             raise CheckFailed(
-                f"logits of {name} differ from torch by {error:.3g} of their spread (at most {tolerance:g} expected), "
-                f"with {prefill} of {length} tokens read at once; most at token {int(far.argmax())}"
+                f"logits of {name} differ from torch by {error:.3g} of their spread at token {place} (at most "
+                f"{tolerance:g} expected), with {prefill} of {length} tokens read at once"
             )
         worst = max(worst, error)
     detail = f"{worst:.2g} of their spread at most, {tolerance:g} allowed"
     return {"check": f"logits of {name}", "detail": detail, "error": worst, "tolerance": tolerance}
 
 
-def _greedy(runtime: Runtime, reference: TorchRuntime, tolerance: float) -> dict[str, Any]:
+def _greedy(runtime: Runtime, reference: TorchRuntime, error: float) -> dict[str, Any]:
     """The same greedy tokens as torch; where two are as good as equal to torch, either is right and the check ends."""
     prompt = _probe_ids(reference, min(16, reference.context // 2)).tolist()
     count = min(GREEDY_TOKENS, reference.context - len(prompt))
     wanted = list(reference.tokens(prompt, max_new_tokens=count, through=True))
     found = list(runtime.tokens(prompt, max_new_tokens=count, through=True))
+    if len(found) != count:
+        raise CheckFailed(f"{name_of(runtime)} decoded {len(found)} of {count} tokens")
     for place, (one, two) in enumerate(zip(wanted, found, strict=True)):
         if one == two:
             continue
         logits = reference.logits(torch.tensor(prompt + wanted[:place]))[-1]
         gap = float((logits[one] - logits[two]) / logits.std())
-        if gap > TIE * tolerance:
+        if gap > max(TIE * error, EQUAL):
             raise CheckFailed(
                 f"greedy token {place} is {two} in {name_of(runtime)} and {one} in torch, whose logits tell them "
                 f"apart by {gap:.3g} of their spread"

@@ -35,7 +35,9 @@ def plan(recipe: Recipe | dict[str, Any]) -> Plan:
     """What `distill` would do: shapes, bytes, memory, time. UserError for a bad recipe, teacher or target."""
     from ..plan import plan
 
-    return plan(_checked(recipe))
+    recipe = _checked(recipe)
+    _check_exports(recipe)
+    return plan(recipe)
 
 
 def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, say: Say = quiet) -> dict[str, Any]:
@@ -78,16 +80,19 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
             check(batches=job.batches, heldout=job.heldout, settings=recipe.distill)
             _check_ids(job)
         _open(run, recipe, teacher)
+        fresh = False
         for name, stage in STAGES.items():
             if name == "export" and not recipe.export.formats:
                 continue
-            if (mark := run.done(name)) is not None:
+            # exports may be asked for after all, and the report is then written again
+            if (mark := run.done(name)) is not None and not (name == "report" and fresh):
                 say(f"{name:<11} done before ({mark['seconds']:.1f} s)")
                 continue
             started = time.monotonic()
             job.facts = {}
             summary = stage(job)
             run.mark(name, started=started, **job.facts)
+            fresh = True
             say(f"{name:<11} {time.monotonic() - started:6.1f} s  {summary}")
         result = _with_files(run)
         distilled = run.done("distill") or {}
@@ -169,7 +174,10 @@ def _open(run: Run, recipe: Recipe, teacher: Checkpoint) -> None:
 
     if run.recipe.exists():
         saved = recipes.build(recipes.load_values(str(run.recipe)), origin=str(run.recipe))
-        if changed := recipes.differences(saved, recipe):
+        changed = recipes.differences(saved, recipe)
+        if run.done("export") is None:  # nothing was exported yet: that may still be chosen
+            changed = [key for key in changed if not key.startswith("export.")]
+        if changed:
             raise UserError(
                 f"{run.folder} was started with another recipe, different in {', '.join(changed)}; expected the same "
                 "one to resume; choose another --out or undo the change"
@@ -183,6 +191,7 @@ def _open(run: Run, recipe: Recipe, teacher: Checkpoint) -> None:
                 f"{run.folder} was started with other weights of {recipe.teacher}; expected the same ones "
                 "to resume; choose another --out or put its files back"
             )
+        write_text(run.recipe, recipe.to_yaml())
         return
     versions = {
         "python": platform.python_version(),

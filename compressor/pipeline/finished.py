@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from .. import recipe as recipes
 from ..errors import CheckFailed, UserError
 from ..progress import progress
 from ..run import Run, read_json
-from .stages import Say, hush, quiet, ship, suites_of
+from .stages import Say, hush, public_name, quiet, ship, suites_of
 
 if TYPE_CHECKING:
     from export import Settings
@@ -42,7 +41,9 @@ class Subject:
 
         settings = recipes.Evaluate()  # pyright: ignore[reportCallIssue] - every field has a default
         folder = Path(what)
-        home = folder if (folder / "run.json").exists() else folder.absolute().parent.parent
+        home = folder
+        if folder.is_dir() and folder.absolute().parent.name == "export":
+            home = folder.absolute().parent.parent
         if not (home / "run.json").exists():
             data = data or ("demo" if "demo" in (what, against) else None)
             return cls(hub_name(what), None, against, data, seed or 0, settings, 1024, {})
@@ -150,6 +151,7 @@ def export(
     from export.fidelity import fidelity
 
     from ..checkpoint import resolve
+    from ..plan import hub_name
     from ..runtime import TorchRuntime
 
     hush()
@@ -160,13 +162,15 @@ def export(
     out = Path(out) if out else default / (settings.name if subject.run else f"{name}-{settings.name}")
     say(f"{settings.name:<17} writing and verifying {out}")
 
-    about = {"name": name} | ({"description": f"distilled from {subject.against}"} if subject.against else {})
-    reference = TorchRuntime(student, batch_size=subject.settings.batch_size) if measured else None
+    about = {"name": name}
+    if subject.against:
+        about["description"] = f"distilled from {public_name(hub_name(subject.against))}"
     with progress(f"export {settings.name}") as advance:
-        measure = None
-        if reference is not None:
-            measure = partial(
-                fidelity,
+
+        def measure(runtime: Runtime) -> dict[str, Any]:  # loads its references only once there is something to measure
+            reference = TorchRuntime(student, batch_size=subject.settings.batch_size)
+            return fidelity(
+                runtime,
                 student=reference,
                 teacher=subject.teacher(),
                 heldout=subject.heldout(reference, tokens=tokens),
@@ -175,7 +179,9 @@ def export(
                 seed=subject.seed,
                 progress=advance.of,
             )
-        manifest = exporting.export(student, settings, out, about=about, measure=measure, progress=advance.of)
+
+        chosen = measure if measured else None
+        manifest = exporting.export(student, settings, out, about=about, measure=chosen, progress=advance.of)
     return {"path": str(out), "manifest": manifest}
 
 
@@ -203,7 +209,7 @@ def bench(
 
     hush()
     limits = [exporting.parse_budget(text) for text in budgets or []]
-    if fit and not limits and device in (None, "host"):
+    if fit and not limits and device is None:
         raise UserError("--fit has nothing to fit; expected --device or --budget; name one")
     if versus and len(whats) < 2:
         raise UserError("--vs compares artifacts; expected two or more; name another")

@@ -241,42 +241,55 @@ def evaluate_all(job: Job) -> str:
 def export_all(job: Job) -> str:
     """Turn the student into each format asked for: verified, judged like the student, timed in its own process."""
     import export
-    from export.fidelity import fidelity
 
-    from ..data import text_batches
-    from ..runtime import TorchRuntime
+    from ..plan import hub_name
 
-    settings, judging = job.recipe.export, job.recipe.evaluate
-    student, teacher = (TorchRuntime(f, batch_size=judging.batch_size) for f in (job.run.student, job.teacher.folder))
-    sizes = {"context": job.recipe.data.context, "tokens": judging.tokens}
-    heldout = text_batches(job.source, job.tokenizer, **sizes, **job.data)
-    suites = suites_of(None, job.tokenizer, prompts=judging.prompts, seed=job.recipe.seed)
+    settings = job.recipe.export
     found = []
     for text in settings.formats:
         one = export.parse(text)
         out = job.run.export / one.name
 
+        about = {
+            "name": job.run.folder.resolve().name,
+            "description": f"distilled from {public_name(hub_name(job.recipe.teacher))}",
+        }
+        entry: dict[str, Any] = {"format": one.format, "precision": one.precision, "path": None}
         try:
-            about = {"name": job.run.folder.resolve().name, "description": f"distilled from {job.recipe.teacher}"}
             with progress(f"export {one.name}") as advance:
-                measure = partial(
-                    fidelity,
-                    student=student,
-                    teacher=teacher,
-                    heldout=heldout,
-                    suites=suites,
-                    max_new_tokens=judging.max_new_tokens,
-                    seed=job.recipe.seed,
-                    progress=advance.of,
-                )
+                measure = partial(_judged, job, progress=advance.of)
                 manifest = export.export(job.run.student, one, out, about=about, measure=measure, progress=advance.of)
             timed = export.bench([str(out)], on=settings.device)["artifacts"][0]
-            found.append(export.record(manifest, timed, path=str(out.relative_to(job.run.folder))))
-        except CheckFailed as failed:  # the others are still worth having, and the report says what failed
-            found.append({"format": one.format, "precision": one.precision, "path": None, "failed": str(failed)})
-        job.say(f"            {export.describe(found[-1])}")
+            entry = export.record(manifest, timed, path=str(out.relative_to(job.run.folder)))
+        except (CheckFailed, UserError) as failed:  # the others are still worth having, and the report says what failed
+            entry["failed"] = str(failed)
+        found.append(entry)
+        job.say(f"            {export.describe(entry)}")
+        for warning in entry.get("warnings", []):
+            job.say(f"            warning: {warning}")
     write_json(job.run.exports, found)
     return f"{sum(bool(one['path']) for one in found)} of {len(found)} verified and kept"
+
+
+def _judged(job: Job, runtime: Any, *, progress: Callable[[str, int, int | None], None]) -> dict[str, Any]:
+    """An artifact's fidelity to student and teacher, which are loaded for as long as it takes."""
+    from export.fidelity import fidelity
+
+    from ..data import text_batches
+    from ..runtime import TorchRuntime
+
+    settings = job.recipe.evaluate
+    sizes = {"context": job.recipe.data.context, "tokens": settings.tokens}
+    return fidelity(
+        runtime,
+        student=TorchRuntime(job.run.student, batch_size=settings.batch_size),
+        teacher=TorchRuntime(job.teacher.folder, batch_size=settings.batch_size),
+        heldout=text_batches(job.source, job.tokenizer, **sizes, **job.data),
+        suites=suites_of(None, job.tokenizer, prompts=settings.prompts, seed=job.recipe.seed),
+        max_new_tokens=settings.max_new_tokens,
+        seed=job.recipe.seed,
+        progress=progress,
+    )
 
 
 def report(job: Job) -> str:
@@ -307,16 +320,18 @@ def ship(run: Run, report: dict[str, Any], recipe: Recipe) -> None:
     from ..package import write_card, write_checksums
     from ..plan import hub_name
 
-    def named(value: str | None) -> str | None:
-        return Path(value).name if value and Path(value).exists() else value
-
-    data = recipe.data.model_copy(update={"source": named(recipe.data.source)})
-    scores = recipe.importance.model_copy(update={"scores": named(recipe.importance.scores)})
-    teacher = named(hub_name(recipe.teacher))
+    data = recipe.data.model_copy(update={"source": public_name(recipe.data.source)})
+    scores = recipe.importance.model_copy(update={"scores": public_name(recipe.importance.scores)})
+    teacher = public_name(hub_name(recipe.teacher))
     public = recipe.model_copy(update={"teacher": teacher, "data": data, "importance": scores})
     licence = run.read_facts().get("licence")
     write_card(run.student, report=report, teacher=public.teacher, recipe=public.to_yaml(), licence=licence)
     write_checksums(run.student)
+
+
+def public_name(value: str | None) -> str | None:
+    """A path on this machine becomes a name: what is written here may be published."""
+    return Path(value).name if value and Path(value).exists() else value
 
 
 def suites_of(names: list[str] | None, tokenizer: Any, *, prompts: int, seed: int) -> dict[str, list[dict[str, Any]]]:

@@ -226,7 +226,17 @@ def _agreed(model: dict[str, Any], key: str) -> str:
     return number(value) if key == "kl" else percent(value)
 
 
-EXPORT_HEADER = ["export", "size", "skills", "KL to the student", "same top token", "TTFT", "decode", "peak memory"]
+EXPORT_HEADER = [
+    "export",
+    "runtime",
+    "size",
+    "skills",
+    "KL to the student",
+    "same top token",
+    "TTFT",
+    "decode",
+    "peak memory",
+]
 
 
 def export_rows(report: dict[str, Any]) -> list[list[str]]:
@@ -238,8 +248,9 @@ def export_rows(report: dict[str, Any]) -> list[list[str]]:
             rows.append([name, "not kept", *["-"] * (len(EXPORT_HEADER) - 2)])
             continue
         quality = [percent(one["overall"]), number(one["kl_student"]), percent(one["top1"])]
-        speed = [f"{one['ttft_ms']:.0f} ms", f"{one['decode_tokens_per_s']:,.0f} tokens/s", size(one["peak_rss_bytes"])]
-        rows.append([name, size(one["bytes"]), *quality, *speed])
+        timed = one["ttft_ms"] is not None  # else another runtime stood in
+        times = [f"{one['ttft_ms']:.0f} ms", f"{one['decode_tokens_per_s']:,.0f} tokens/s"] if timed else ["-", "-"]
+        rows.append([name, one["runtime"], size(one["bytes"]), *quality, *times, size(one["peak_rss_bytes"])])
     return rows
 
 

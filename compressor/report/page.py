@@ -125,7 +125,11 @@ def _models(report: dict[str, Any]) -> str:
 
 def _exports(report: dict[str, Any]) -> str:
     failed = "".join(f'<p class="note">{escape(one["failed"])}</p>' for one in report["exports"] if one.get("failed"))
-    note = "Time to first token and decoding at a prompt of 128 tokens, or the longest the model takes below it."
+    prompts = sorted({one["prompt"] for one in report["exports"] if not one.get("failed")})
+    words = " and ".join(map(str, prompts)) or "some"
+    note = f"Time to first token (TTFT) and decoding at a prompt of {words} tokens, each in a process of its own."
+    told = dict.fromkeys(warning for one in report["exports"] for warning in one.get("warnings", []))
+    failed += "".join(f'<p class="note">{escape(warning)}</p>' for warning in told)
     plot = exports_plot(report) or ""
     return f'{plot}{_table(EXPORT_HEADER, export_rows(report))}{failed}<p class="note">{note}</p>'
 

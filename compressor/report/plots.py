@@ -123,12 +123,13 @@ def exports_plot(report: dict[str, Any]) -> str | None:
     if not found or any(one[key] is None for one in found):
         return None
     figure, axes = _figure(height=2.9)
-    fastest = max(one["decode_tokens_per_s"] for one in found)
+    fastest = max(one["decode_tokens_per_s"] or 0 for one in found) or 1
     for one in found:
-        area = 40 + 260 * one["decode_tokens_per_s"] / fastest
+        speed = one["decode_tokens_per_s"]
+        area = 40 + 260 * (speed or 0) / fastest
         mebibytes = one["bytes"] / 2**20
         axes.scatter([mebibytes], [100 * one[key]], s=area, color=STUDENT, alpha=0.75, linewidths=0)
-        label = f"{one['format']}-{one['precision']}\n{one['decode_tokens_per_s']:,.0f} tokens/s"
+        label = f"{one['format']}-{one['precision']}" + (f"\n{speed:,.0f} tokens/s" if speed else "")
         axes.annotate(
             label,
             (mebibytes, 100 * one[key]),

@@ -5,7 +5,6 @@ judges its exported, quantized copies. A conversation is {"messages": [...], "to
 """
 
 from pathlib import Path
-from typing import Any
 
 from .face import Runtime, prompt_ids, stop_ids
 from .in_gguf import FILE as GGUF_FILE
@@ -26,7 +25,7 @@ __all__ = [
 ]
 
 
-def load(what: Path | str, *, batch_size: int = 64, threads: int | None = None, **options: Any) -> Runtime:
+def load(what: Path | str, *, batch_size: int = 64, threads: int | None = None) -> Runtime:
     """The runtime of an exported folder by what lies in it, else of a Hugging Face folder, a Hub id or `demo`.
 
     batch_size is torch's, threads the others'. Raises UserError for what cannot be found or opened.
@@ -35,7 +34,7 @@ def load(what: Path | str, *, batch_size: int = 64, threads: int | None = None, 
     if (folder / GENAI_CONFIG).is_file():
         return OnnxRuntime(folder, threads=threads)
     if (folder / GGUF_FILE).is_file():
-        return open_gguf(folder, threads=threads, **options)
+        return open_gguf(folder, threads=threads)
     from ..checkpoint import resolve
 
     return TorchRuntime(resolve(str(what)), batch_size=batch_size)

@@ -28,13 +28,15 @@ class Runtime(Protocol):
     parameters: int
     context: int
     kv_bytes_per_value: int  # of the KV cache
+    memory_bytes: int  # of the weights once loaded
+    every_logit: bool  # whether `tokens` computes logits at every position of the prompt
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (T,) -> logits (T, V) in float32."""
         ...
 
     def cached_logits(self, ids: torch.Tensor, *, prefill: int) -> torch.Tensor:
-        """As `logits`, but `prefill` tokens are read at once and the others one by one from the KV cache."""
+        """As `logits`, on the CPU; `prefill` tokens are read at once, the others one by one from the KV cache."""
         ...
 
     def tokens(

@@ -22,7 +22,7 @@ class OnnxRuntime(Speaker):
     def __init__(self, folder: Path | str, *, threads: int | None = None) -> None:
         from importlib import import_module
 
-        from ..checkpoint import load_tokenizer
+        from ..checkpoint import load_tokenizer, read_config
         from ..shape import Shape
 
         genai: Any = import_module("onnxruntime_genai")  # a compiled module without types
@@ -37,20 +37,21 @@ class OnnxRuntime(Speaker):
                 config.overlay(json.dumps({"model": {"decoder": options}}))
             self._model = genai.Model(config)
             graph = self.folder / settings["decoder"]["filename"]
+            self.context: int = settings["context_length"]
+            self.vocab: int = settings["vocab_size"]
+            stops = settings["eos_token_id"]
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            why = str(error).strip().splitlines()[0]
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"onnxruntime-genai cannot open {folder} ({why}); expected a folder written by compressor export onnx; "
                 "export it again"
             ) from error
-        self.context: int = settings["context_length"]
         self.kv_bytes_per_value = 2 if _half(graph) else 4
-        self.nbytes = sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
+        self.every_logit = True
+        self.nbytes = self.memory_bytes = sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
         self.tokenizer = load_tokenizer(self.folder)
-        stated = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        self.parameters = Shape.from_config(stated).parameters
-        self.vocab: int = settings["vocab_size"]
-        self.stops = stop_ids(settings["eos_token_id"], self.tokenizer)
+        self.parameters = Shape.from_config(read_config(self.folder)).parameters
+        self.stops = stop_ids(stops, self.tokenizer)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (T,) -> logits (T, V) in float32."""

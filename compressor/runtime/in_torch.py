@@ -47,6 +47,8 @@ class TorchRuntime(Speaker):
             self.model = checkpoint.load_model(self.folder, dtype=dtype, device=device)
         self.parameters: int = self.model.num_parameters()  # which counts packed weights, not bytes
         self.kv_bytes_per_value: int = self.model.dtype.itemsize
+        self.memory_bytes: int = self.model.get_memory_footprint()
+        self.every_logit = False
         self.context = getattr(self.model.config, "max_position_embeddings", None) or 2**31
         self.stops = stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)
 
@@ -67,7 +69,7 @@ class TorchRuntime(Speaker):
             self.model(input_ids=part.to(self.model.device).unsqueeze(0), past_key_values=cache, use_cache=True)
             for part in parts
         ]
-        return torch.cat([step.logits[0].float() for step in found])
+        return torch.cat([step.logits[0].float().cpu() for step in found])
 
     @torch.inference_mode()
     def picked_logits(
