@@ -157,11 +157,12 @@ def _logits(
         error = _rms(found - expected) / float(expected.std())
         errors_T = (found - expected).square().mean(-1).sqrt() / expected.std(-1)
         place = int(errors_T.nan_to_num(nan=math.inf).argmax())
-        if not (error <= tolerance and float(errors_T[place]) <= SPIKE * tolerance):
+        spike = float(errors_T[place])
+        if not (error <= tolerance and spike <= SPIKE * tolerance):
+            allowed = f"at most {tolerance:g} expected, {SPIKE * tolerance:g} at one token"
             raise CheckFailed(
-                f"logits of {name} differ from torch by {error:.3g} of their spread (at most {tolerance:g} expected), by "
-                f"{float(errors_T[place]):.3g} at token {place} (at most {SPIKE * tolerance:g}), with {prefill} of {length} "
-                "tokens read at once"
+                f"logits of {name} differ from torch by {error:.3g} of their spread, by {spike:.3g} at token {place} "
+                f"({allowed}), with {prefill} of {length} tokens read at once"
             )
         worst = max(worst, error)
     detail = f"{worst:.2g} of their spread at most, {tolerance:g} allowed"
