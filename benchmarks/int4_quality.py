@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--data")
     arguments = parser.parse_args()
+    if not (Path(arguments.what) / "run.json").exists() and not arguments.data:
+        parser.error("a model folder needs --data FILE; a run folder brings its own")
     rows = []
     choices = (arguments.blocks.split(","), arguments.algorithms.split(","), arguments.sensitive.split(";"))
     for block, algorithm, parts in product(*choices):

@@ -172,16 +172,24 @@ def export(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="onnx: fp32, fp16, int8, int4. bitsandbytes: nf4, int8. gguf: f32, f16, bf16, q8_0, ... q4_0."
+            help="onnx: fp32, fp16, int8, int4. bitsandbytes: nf4, int8. gguf: f32, f16, bf16, q8_0, ... q4_0. "
+            "[default: int4, nf4, q8_0]"
         ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder. [default: RUN/export/FORMAT-PRECISION, else exports/NAME-...]")
     ] = None,
-    block_size: Annotated[int | None, typer.Option(help="onnx: weights that share a scale.")] = None,
-    algorithm: Annotated[str | None, typer.Option(help="onnx int4: rtn, search, k_quant or hqq.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="onnx int8, int4: weights that share a scale. [default: 64]")
+    ] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="onnx int4: rtn, search, k_quant or hqq. [default: rtn]")
+    ] = None,
     sensitive: Annotated[
-        str | None, typer.Option(help="onnx int4: what stays at 8 bits: head, first, last, comma between; or none.")
+        str | None,
+        typer.Option(
+            help="onnx int4: what stays at 8 bits: head, first, last, comma between; or none. [default: head]"
+        ),
     ] = None,
     web: Annotated[
         bool, typer.Option("--web", help="onnx: in the layout of transformers.js, for browsers too.")

@@ -59,7 +59,7 @@ class Child:
         started = time.perf_counter()
         first = last = started
         count = 0
-        for _ in self.runtime.tokens(ids, max_new_tokens=new, through=True):
+        for _ in self.runtime.tokens(ids, max_new_tokens=new, ignore_eos=True):
             last = time.perf_counter()
             first = first if count else last
             count += 1

@@ -177,8 +177,8 @@ def _greedy(runtime: Runtime, reference: TorchRuntime, error: float) -> dict[str
     """The same greedy tokens as torch; where two are as good as equal to torch, either is right and the check ends."""
     prompt = _probe_ids(reference, min(16, reference.context // 2)).tolist()
     count = min(GREEDY_TOKENS, reference.context - len(prompt))
-    wanted = list(reference.tokens(prompt, max_new_tokens=count, through=True))
-    found = list(runtime.tokens(prompt, max_new_tokens=count, through=True))
+    wanted = list(reference.tokens(prompt, max_new_tokens=count, ignore_eos=True))
+    found = list(runtime.tokens(prompt, max_new_tokens=count, ignore_eos=True))
     if len(found) != count:
         raise CheckFailed(f"{name_of(runtime)} decoded {len(found)} of {count} tokens")
     for place, (one, two) in enumerate(zip(wanted, found, strict=True)):

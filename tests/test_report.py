@@ -237,3 +237,49 @@ def test_a_missing_model_or_file_is_one_line(run_folder):
     (run_folder / "shape.json").unlink()
     with pytest.raises(UserError, match=r"shape\.json"):
         report.write(run_folder)
+
+
+def export_entry(name: str, **changes) -> dict:
+    return {
+        "format": name.split("-")[0],
+        "precision": name.split("-")[1],
+        "path": f"export/{name}",
+        "bytes": 1_000_000,
+        "kl_student": 0.05,
+        "kl_teacher": 0.4,
+        "top1": 0.9,
+        "perplexity": 3.1,
+        "skills": {"rag": 0.9},
+        "overall": 0.9,
+        "runtime": "onnxruntime-genai",
+        "load_s": 0.1,
+        "prompt": 128,
+        "ttft_ms": 9.0,
+        "decode_tokens_per_s": 2000.0,
+        "peak_rss_bytes": 400_000_000,
+        "estimate": None,
+        "budget": [],
+        "warnings": [],
+    } | changes
+
+
+def test_exports_stand_in_every_form_of_the_report(run_folder):
+    untimed = dict.fromkeys(("load_s", "ttft_ms", "decode_tokens_per_s", "peak_rss_bytes"))
+    entries = [
+        export_entry("onnx-int4"),
+        export_entry("gguf-q8_0", runtime="transformers", warnings=[HOSTILE], **untimed),
+        {"format": "onnx", "precision": "fp32", "path": None, "failed": HOSTILE},
+    ]
+    (run_folder / "export").mkdir()
+    (run_folder / "export" / "exports.json").write_text(json.dumps(entries))
+    written = report.write(run_folder)
+    assert written["exports"] == entries
+    page = (run_folder / "report.html").read_text()
+    assert "2,000 tokens/s" in page
+    assert "Exports: size against quality" in page
+    assert "<script>alert" not in page
+    markdown = (run_folder / "report.md").read_text()
+    assert "| onnx-fp32 | not kept |" in markdown
+    assert "| gguf-q8\\_0 | transformers |" in markdown
+    documented = set(re.findall(r"`(\w+)`", DOCS.read_text()))
+    assert set(entries[0]) | {"failed"} <= documented

@@ -32,7 +32,7 @@ h2 { font-size: 1.05rem; margin: 0 0 .6rem; }
 .figure b { display: block; font-size: 1.45rem; font-variant-numeric: tabular-nums; line-height: 1.2; }
 .figure span, .note { color: var(--soft); font-size: .87rem; }
 svg { display: block; width: 100%; height: auto; } svg text { font-family: inherit !important; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .narrow { max-width: 560px; margin: 0 auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { text-align: right; padding: .35rem .5rem; border-bottom: 1px solid var(--faint);
   white-space: nowrap; }
@@ -130,8 +130,9 @@ def _exports(report: dict[str, Any]) -> str:
     note = f"Time to first token (TTFT) and decoding at a prompt of {words} tokens, each in a process of its own."
     told = dict.fromkeys(warning for one in report["exports"] for warning in one.get("warnings", []))
     failed += "".join(f'<p class="note">{escape(warning)}</p>' for warning in told)
-    plot = exports_plot(report) or ""
-    return f'{plot}{_table(EXPORT_HEADER, export_rows(report))}{failed}<p class="note">{note}</p>'
+    plot = exports_plot(report)
+    drawn = f'<div class="narrow">{plot}</div>' if plot else ""
+    return f'{drawn}{_table(EXPORT_HEADER, export_rows(report))}{failed}<p class="note">{note}</p>'
 
 
 def _kept(kept: dict[str, Any]) -> str:

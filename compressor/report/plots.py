@@ -123,6 +123,7 @@ def exports_plot(report: dict[str, Any]) -> str | None:
     if not found or any(one[key] is None for one in found):
         return None
     figure, axes = _figure(height=2.9)
+    label_style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 8}
     fastest = max(one["decode_tokens_per_s"] or 0 for one in found) or 1
     for one in found:
         speed = one["decode_tokens_per_s"]
@@ -130,22 +131,13 @@ def exports_plot(report: dict[str, Any]) -> str | None:
         mebibytes = one["bytes"] / 2**20
         axes.scatter([mebibytes], [100 * one[key]], s=area, color=STUDENT, alpha=0.75, linewidths=0)
         label = f"{one['format']}-{one['precision']}" + (f"\n{speed:,.0f} tokens/s" if speed else "")
-        axes.annotate(
-            label,
-            (mebibytes, 100 * one[key]),
-            (0, -12),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            color=INK,
-            fontsize=8,
-        )
+        axes.annotate(label, (mebibytes, 100 * one[key]), (0, -12), color=INK, **label_style)
     if asked and report["student"]["overall"]["score"] is not None:
-        axes.axhline(
-            100 * report["student"]["overall"]["score"], color=TEACHER, linewidth=1, linestyle="--", label="student"
-        )
-        _legend(axes)
-    axes.margins(x=0.25, y=0.5)
+        student = (report["student"]["bytes"] / 2**20, 100 * report["student"]["overall"]["score"])
+        axes.scatter(*zip(student, strict=True), s=60, color=TEACHER, linewidths=0)
+        axes.annotate("student", student, (0, -9), color=INK, **label_style)
+    axes.margins(x=0.2, y=0.6)
+    axes.set_xlim(left=0)
     axes.set_xlabel("MiB on disk")
     axes.set_ylabel("skills, %" if asked else "same top token as the student, %")
     return _svg(figure, "Exports: size against quality, larger marks decode faster")

@@ -40,9 +40,9 @@ class Runtime(Protocol):
         ...
 
     def tokens(
-        self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, through: bool = False
+        self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, ignore_eos: bool = False
     ) -> Iterator[int]:
-        """Continue token ids one by one until a stop token, which is not yielded; `through` goes past it."""
+        """Continue token ids one by one until a stop token, which is not yielded; `ignore_eos` goes past it."""
         ...
 
     def stream(
@@ -69,7 +69,7 @@ class Speaker:
     context: int
 
     def tokens(
-        self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, through: bool = False
+        self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, ignore_eos: bool = False
     ) -> Iterator[int]:
         raise NotImplementedError
 

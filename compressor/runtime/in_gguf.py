@@ -91,9 +91,9 @@ class LlamaCppRuntime(Speaker):
         return list(self._open(1, every_logit=False).tokenize(text.encode(), add_bos=False, special=True))
 
     def tokens(
-        self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, through: bool = False
+        self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, ignore_eos: bool = False
     ) -> Iterator[int]:
-        """Continue token ids one by one until a stop token, which is not yielded; `through` goes past it."""
+        """Continue token ids one by one until a stop token, which is not yielded; `ignore_eos` goes past it."""
         count = min(max_new_tokens, self.context - len(ids))
         model = self._open(len(ids) + count, every_logit=False)
         model.set_seed(seed)
@@ -101,7 +101,7 @@ class LlamaCppRuntime(Speaker):
         found = model.generate(ids, reset=False, **options)
         for _ in range(count):
             token = next(found)
-            if token in self.stops and not through:
+            if token in self.stops and not ignore_eos:
                 return
             yield token
 

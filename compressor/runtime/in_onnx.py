@@ -64,9 +64,9 @@ class OnnxRuntime(Speaker):
         return torch.cat([self._logits(generator, part) for part in parts])
 
     def tokens(
-        self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, through: bool = False
+        self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, ignore_eos: bool = False
     ) -> Iterator[int]:
-        """Continue token ids one by one until a stop token, which is not yielded; `through` goes past it."""
+        """Continue token ids one by one until a stop token, which is not yielded; `ignore_eos` goes past it."""
         # the runtime's own search would need another way to go past a stop, and draws other random numbers than torch
         random = torch.Generator().manual_seed(seed)
         count = min(max_new_tokens, self.context - len(ids))
@@ -76,7 +76,7 @@ class OnnxRuntime(Speaker):
             generator.append_tokens(_int32(fresh))
             logits_V = torch.from_numpy(self._array(generator.get_logits()).reshape(-1, self.vocab)[-1])
             token = choose(logits_V, temperature, random)
-            if token in self.stops and not through:
+            if token in self.stops and not ignore_eos:
                 return
             yield token
             fresh = [token]

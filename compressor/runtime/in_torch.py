@@ -94,10 +94,10 @@ class TorchRuntime(Speaker):
                 yield head(hidden_NH).float()
 
     def tokens(
-        self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, through: bool = False
+        self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, ignore_eos: bool = False
     ) -> Iterator[int]:
-        """Continue token ids one by one until a stop token, which is not yielded; `through` goes past it."""
-        stops = set() if through else self.stops
+        """Continue token ids one by one until a stop token, which is not yielded; `ignore_eos` goes past it."""
+        stops = set() if ignore_eos else self.stops
         for ((_, token),) in self._decode([ids], max_new_tokens, stops, temperature=temperature, seed=seed):
             yield token
 
