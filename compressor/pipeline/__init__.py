@@ -191,7 +191,8 @@ def _open(run: Run, recipe: Recipe, teacher: Checkpoint) -> None:
                 f"{run.folder} was started with other weights of {recipe.teacher}; expected the same ones "
                 "to resume; choose another --out or put its files back"
             )
-        write_text(run.recipe, recipe.to_yaml())
+        if recipe != saved:  # exports asked for after all
+            write_text(run.recipe, recipe.to_yaml())
         return
     versions = {
         "python": platform.python_version(),
