@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint import Checkpoint, load_tokenizer
 from compressor.errors import CheckFailed, UserError
-from compressor.run import read_json, staged, write_json
+from compressor.run import alone, read_json, staged, write_json
 from compressor.units import size
 
 from .machine import versions
@@ -47,6 +47,7 @@ def export(
 
     student, out = Path(student), Path(out).resolve()
     _check_place(out, student)
+    load_tokenizer(student)  # a missing one is told before gigabytes are written
     checkpoint = Checkpoint(student)
     checkpoint.check()
     format = FORMATS[settings.format]
@@ -58,7 +59,7 @@ def export(
         done += weights
         progress("writing", done, None)
 
-    with staged(out) as folder:
+    with alone(out), staged(out) as folder:
         with peak_memory() as memory:
             extra = {"about": about} if settings.format == "gguf" else {}
             format.write(student, folder, settings, progress=wrote, **extra)

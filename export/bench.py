@@ -317,11 +317,15 @@ def best_fit(artifacts: list[dict[str, Any]], budgets: Sequence[Budget]) -> dict
         return {"what": min(fitting, key=lambda found: found["quality"][key])["what"], "by": by}
     limits = {budget.key: budget.limit for budget in budgets if budget.key in ("memory", "disk")}
     smallest = min(artifacts, key=lambda found: found["bytes"])
+    slow = [line["what"] for line in smallest.get("budget", []) if not line["passed"] and line["budget"] not in limits]
+    if slow:  # how much smaller a model must be to be that fast is not known from its size
+        return {"what": None, "target": None, "why": f"even the smallest misses its {slow[0]}"}
     overhead = (smallest["memory"]["peak_rss_bytes"] or 0) - smallest["bytes"]
     rooms = [limits["disk"]] if "disk" in limits else []
     rooms += [limits["memory"] - overhead] if "memory" in limits else []
     # a target counts 4 bits a weight, an artifact has scales and wider parts beside them
     room = min(rooms, default=0) * 4 / max(4.0, min(smallest["bits_per_weight"], WORST_INT4_BITS))
     if room <= parse_bytes("1MiB"):
-        return {"what": None, "target": None}
-    return {"what": None, "target": f"{room / 2**20:.0f}MiB@int4"}
+        return {"what": None, "target": None, "why": "the libraries alone take that much"}
+    target = f"{room / 2**20:.0f}MiB@int4"
+    return {"what": None, "target": target, "why": f"a student of --target {target} would"}

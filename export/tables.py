@@ -81,10 +81,7 @@ def render_bench(result: dict[str, Any]) -> None:
         table.add_row(*map(Text, row))
     console.print(table)
     for ratio in result["ratios"]:
-        words = (
-            f"{ratio['measure']} at {ratio['prompt']} tokens: {ratio['first']} is {ratio['speed_up']:.2f} times as fast"
-        )
-        console.print(Text(f"{words} as {ratio['second']} ({ratio['low']:.2f} to {ratio['high']:.2f}, pair by pair)"))
+        console.print(Text(ratio_line(ratio)))
     for artifact in found:
         for line in artifact["budget"]:
             console.print(Text(f"{'met   ' if line['passed'] else 'MISSED'} {budget_line(artifact['what'], line)}"))
@@ -92,10 +89,18 @@ def render_bench(result: dict[str, Any]) -> None:
     if fit:
         if fit["what"]:
             console.print(Text(f"best fit: {fit['what']}, by {fit['by']}"))
-        elif fit["target"]:
-            console.print(Text(f"nothing fits; a student of --target {fit['target']} would"))
         else:
-            console.print(Text("nothing fits, and no smaller model would: the runtime alone takes that much"))
+            console.print(Text(f"nothing fits; {fit['why']}"))
+
+
+def ratio_line(ratio: dict[str, Any]) -> str:
+    """The faster of two first."""
+    one, two, values = ratio["first"], ratio["second"], [ratio[key] for key in ("speed_up", "low", "high")]
+    if values[0] < 1:
+        one, two, values = two, one, [1 / values[0], 1 / values[2], 1 / values[1]]
+    middle, low, high = values
+    words = f"{ratio['measure']} at {ratio['prompt']} tokens: {one} is {middle:.2f} times as fast as {two}"
+    return f"{words} ({low:.2f} to {high:.2f}, pair by pair)"
 
 
 def bench_rows(result: dict[str, Any]) -> list[list[str]]:

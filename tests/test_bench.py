@@ -227,6 +227,20 @@ def test_where_nothing_fits_a_target_is_named_whose_int4_export_would():
     assert best_fit(large, [Budget("decode", 20)])["target"] is None
 
 
+def test_no_target_is_named_for_what_is_too_slow():
+    slow = fake("int4", nbytes=400, kl=0.2, passed=False)
+    slow["budget"] = [Budget("decode", 1e6).check(10.0), Budget("memory", 2**30).check(400)]
+    found = best_fit([slow], [Budget("decode", 1e6), Budget("memory", 2**30)])
+    assert found == {"what": None, "target": None, "why": "even the smallest misses its decode tokens/s"}
+
+
+def test_the_faster_of_two_is_named_first():
+    from export.tables import ratio_line
+
+    ratio = {"first": "a", "second": "b", "prompt": 8, "measure": "decode", "speed_up": 0.5, "low": 0.25, "high": 1.0}
+    assert ratio_line(ratio) == "decode at 8 tokens: b is 2.00 times as fast as a (1.00 to 4.00, pair by pair)"
+
+
 def test_this_machine_can_be_the_device(artifact):
     (found,) = bench([str(artifact)], repeats=1, points=(8,), on="host", budgets=[parse_budget("ttft=60s")])[
         "artifacts"

@@ -484,6 +484,24 @@ def test_an_export_takes_the_place_of_nothing_else(student, tmp_path, monkeypatc
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_two_exports_to_one_place_do_not_meet(student, tmp_path):
+    from compressor.run import alone
+
+    with alone(tmp_path / "a"), pytest.raises(UserError, match="another process is writing"):
+        export.export(student, export.parse("onnx-fp32"), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_tokenizer_is_one_line(student, tmp_path):
+    from shutil import copytree
+
+    copytree(student, tmp_path / "s")
+    (tmp_path / "s" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        export.export(tmp_path / "s", export.parse("onnx-fp32"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_failed_check_keeps_nothing_and_an_older_artifact_stays(student, tmp_path, monkeypatch):
     out = tmp_path / "kept"
     export.export(student, export.parse("onnx-int8"), out)

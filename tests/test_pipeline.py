@@ -494,7 +494,7 @@ def test_exports_can_be_asked_of_a_finished_run_and_are_in_its_report_then(finis
     result = compressor.distill(values, out=tmp_path / "run", say=lines.append)
     assert [line.split()[1] for line in lines if not line.startswith(" ")][:4] == ["done"] * 4
     assert [one["path"] for one in result["exports"]] == ["export/onnx-fp32"]
-    with pytest.raises(UserError, match=r"different in export\.formats"):
+    with pytest.raises(UserError, match=r"has its exports already, by another export\.formats"):
         compressor.distill(recipe(finished[0].parent), out=tmp_path / "run")
 
 

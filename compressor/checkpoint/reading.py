@@ -14,8 +14,9 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import cached_property
+from io import StringIO
 from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -398,9 +399,10 @@ def load_gguf(folder: Path | str, file: str, *, device: Any = None) -> PreTraine
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)  # the file does not state every key
         if config.model_type == "mistral":  # GGUF has one architecture for both
             config = LlamaConfig.from_dict(config.to_dict() | {"model_type": "llama"})
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, config=config, dtype=torch.float32, local_files_only=True
-        )
+        with redirect_stderr(StringIO()):  # a bar of its own, terminal or not
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=file, config=config, dtype=torch.float32, local_files_only=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(
             f"cannot read {Path(folder) / file} ({_first_line(error)}); expected a GGUF file; export it again"

@@ -177,6 +177,11 @@ def _open(run: Run, recipe: Recipe, teacher: Checkpoint) -> None:
         changed = recipes.differences(saved, recipe)
         if run.done("export") is None:  # nothing was exported yet: that may still be chosen
             changed = [key for key in changed if not key.startswith("export.")]
+        if changed and all(key.startswith("export.") for key in changed):
+            raise UserError(
+                f"{run.folder} has its exports already, by another {', '.join(changed)}; expected the same to resume; "
+                f"add one with compressor export FORMAT {run.folder}"
+            )
         if changed:
             raise UserError(
                 f"{run.folder} was started with another recipe, different in {', '.join(changed)}; expected the same "
