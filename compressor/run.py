@@ -133,16 +133,19 @@ def alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write in {folder.parent}: {error.strerror}; choose another place") from error
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another process is writing {folder}; expected to be alone; wait for it or choose another --out"
-            ) from error
+        _hold(handle, f"another process is writing {folder}")
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _hold(handle: Any, otherwise: str) -> None:
+    """Lock an open file until it is closed or its process dies; UserError, `otherwise`, where another holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"{otherwise}; expected to be alone; wait for it or choose another --out") from error
 
 
 class Run:
@@ -175,13 +178,7 @@ class Run:
                 f"could not use {self.folder} as a run folder: {error.strerror}; choose another --out"
             ) from error
         with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"another process is working in {self.folder}; expected to be alone; "
-                    "wait for it or choose another --out"
-                ) from error
+            _hold(handle, f"another process is working in {self.folder}")
             try:
                 yield
             finally:

@@ -178,23 +178,22 @@ def _gguf_tokenizer(folder: Path, settings: Settings) -> dict[str, tuple[Encode,
 def _check_gguf_metadata(student: Path, folder: Path) -> None:
     """Sizes, rope and tokens are the student's: transformers takes them from config.json, llama.cpp from the file."""
     import gguf
+    from transformers import AutoConfig
 
+    config: Any = AutoConfig.from_pretrained(student, local_files_only=True)
     reader = gguf.GGUFReader(folder / to_gguf.FILE)
     name = reader.fields["general.architecture"].contents()
-    for key, wanted in _expected_metadata(student).items():
+    for key, wanted in _expected_metadata(config).items():
         field = reader.fields.get(f"{name}.{key}")
         value = field.contents() if field else None
         if value is None or abs(value - wanted) > 1e-6 * abs(wanted):  # floats are stored in 32 bits
             raise CheckFailed(f"{name}.{key} of the GGUF file is {value}, and {wanted} in the student")
-    _check_rope(student, {tensor.name: tensor.data for tensor in reader.tensors}.get("rope_freqs.weight"))
+    _check_rope(config, {tensor.name: tensor.data for tensor in reader.tensors}.get("rope_freqs.weight"))
     _check_gguf_tokens(student, folder)
 
 
-def _expected_metadata(student: Path) -> dict[str, float]:
+def _expected_metadata(config: Any) -> dict[str, float]:
     """What transformers makes of the student's config.json, under GGUF's names."""
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(student, local_files_only=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
         "block_count": config.num_hidden_layers,
@@ -212,12 +211,11 @@ def _expected_metadata(student: Path) -> dict[str, float]:
     }
 
 
-def _check_rope(student: Path, factors: Any) -> None:
+def _check_rope(config: Any, factors: Any) -> None:
     """The file's frequencies, base and factors together, are those that the student turns its channels by."""
     import numpy
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config: Any = AutoConfig.from_pretrained(student, local_files_only=True)
     if config.rope_parameters.get("rope_type", "default") == "linear":
         return  # a factor of its own, beside the base
     small = type(config).from_dict(config.to_dict() | {"num_hidden_layers": 1, "layer_types": None, "vocab_size": 8})

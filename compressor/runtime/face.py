@@ -1,6 +1,7 @@
 """What every runtime offers, and what all of them share: prompts, stops, text from tokens."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -62,16 +63,17 @@ class Runtime(Protocol):
         ...
 
 
-class Speaker:
+class Speaker(ABC):
     """`stream` and `complete` of a runtime that has `tokens`, a tokenizer and a context."""
 
     tokenizer: Any
     context: int
 
+    @abstractmethod
     def tokens(
         self, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, ignore_eos: bool = False
     ) -> Iterator[int]:
-        raise NotImplementedError
+        """As in `Runtime`."""
 
     def stream(
         self,
