@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.checkpoint import Checkpoint, load_tokenizer
+from compressor.checkpoint import Checkpoint, count_parameters, load_tokenizer
 from compressor.errors import CheckFailed, UserError
 from compressor.run import alone, read_json, staged, write_json
 from compressor.units import size
@@ -43,13 +43,15 @@ def export(
     is left behind.
     """
     from .formats import FORMATS
+    from .to_onnx import is_traced
     from .verify import verify
 
     student, out = Path(student), Path(out).resolve()
     _check_place(out, student)
     load_tokenizer(student)  # a missing one is told before gigabytes are written
     checkpoint = Checkpoint(student)
-    checkpoint.check()
+    if settings.format != "onnx" or not is_traced(checkpoint.config):  # tracing knows families that the table does not
+        checkpoint.check()
     format = FORMATS[settings.format]
     started = time.monotonic()
     done = 0
@@ -72,7 +74,7 @@ def export(
             raise CheckFailed(
                 f"{settings.name} of {student} is not the student, so it was not kept: {failed}"
             ) from None
-        parameters = checkpoint.shape.parameters
+        parameters = count_parameters(student)
         manifest = {
             **settings.to_dict(),
             "student": checkpoint.fingerprint(),
@@ -80,8 +82,7 @@ def export(
             "bytes": runtime.nbytes,
             "bits_per_weight": 8 * runtime.nbytes / parameters,
             "checks": checks,
-            "warnings": [check["warning"] for check in checks if "warning" in check]
-            + format.notes(checkpoint.shape, settings),
+            "warnings": [check["warning"] for check in checks if "warning" in check] + format.notes(student, settings),
             "seconds": {"write": round(written, 2), "verify": round(time.monotonic() - started - written, 2)},
             "peak_memory_bytes": {"write": memory.peak, "verify": judging.peak},
             "versions": versions(),

@@ -17,12 +17,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint import read_config
 from compressor.errors import UserError
-from compressor.shape import Shape
 
 from .artifact import read_manifest
-from .devices import Budget, Device, Workload, device, parse_bytes
+from .devices import Budget, Device, Workload, device, parse_bytes, shape_for_estimates
 from .machine import cores, machine
 
 POINTS = (16, 128, 512, 2048)
@@ -168,7 +166,7 @@ def _figures(
     what, loaded, memory = found["what"], found["loaded"], found["memory"]
     folder = Path(what)
     manifest = read_manifest(folder) if folder.is_dir() else None
-    shape = Shape.from_config(read_config(what))
+    shape = shape_for_estimates(what)
     work = Workload(shape, loaded["memory_bytes"], loaded["kv_bytes_per_value"], loaded["every_logit"])
     points = []
     for length, runs in found["runs"].items():

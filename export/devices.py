@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from compressor.checkpoint import read_config
 from compressor.errors import UserError
+from compressor.families import FAMILIES
 from compressor.shape import Shape
 
 UNITS = {
@@ -175,6 +178,29 @@ def _rate(text: str, unit: str) -> float:
     found = re.fullmatch(rf"([\d.]+)([MGT]?){unit}", text)
     assert found, text
     return float(found[1]) * PREFIXES[found[2]]
+
+
+def shape_for_estimates(folder: Path | str) -> Shape:
+    """The Shape of a model; for a family without a row one of the same sizes, near enough for a roofline."""
+    config = read_config(folder)
+    if config["model_type"] in FAMILIES:
+        return Shape.from_config(config)
+    from transformers import AutoConfig
+
+    found: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    heads = found.num_attention_heads
+    head_dim = getattr(found, "head_dim", None) or found.hidden_size // heads
+    return Shape(
+        "mistral",  # which lets the hidden size differ from heads times head_dim
+        num_layers=found.num_hidden_layers,
+        hidden=found.hidden_size,
+        ffn=getattr(found, "intermediate_size", None) or getattr(found, "ffn_dim", None) or 4 * found.hidden_size,
+        num_heads=heads,
+        num_kv_heads=getattr(found, "num_key_value_heads", None) or heads,
+        head_dim=head_dim,
+        vocab=found.vocab_size,
+        tied=bool(found.tie_word_embeddings),
+    )
 
 
 @dataclass(frozen=True)

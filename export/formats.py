@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -10,12 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from compressor.checkpoint import DTYPES, Checkpoint, load_tokenizer, read_config
+from compressor.checkpoint import DTYPES, Checkpoint, load_tokenizer, read_config, skeleton
 from compressor.errors import CheckFailed
 from compressor.runtime import LlamaCppRuntime, OnnxRuntime, TorchRuntime, open_gguf
 from compressor.shape import Shape
 
 from . import gguf_tokenizer, read_back, to_bitsandbytes, to_gguf, to_onnx
+from .onnx_traced import layout
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -33,12 +34,14 @@ EXACT, HALF, COARSE = 1e-3, 2e-2, 0.2
 class Model(NamedTuple):
     """One set of weights: its tensors, and runtimes beside `Format.open` that must run it, each with its tolerance.
 
-    A runtime is a function like `Runtime.cached_logits`, made when it is called for.
+    A runtime is a function like `Runtime.cached_logits`, made when it is called for. required: the parameters that
+    must be among the tensors, None for all; what is left out is held by logits alone.
     """
 
     name: str
     weights: Iterator[Read]
     runtimes: Mapping[str, tuple[Callable[[], Forward], float]]
+    required: Collection[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,13 @@ class Format:
     """
 
     write: Callable[..., None]
-    models: Callable[[Path, Shape, Settings], Iterator[Model]]
+    models: Callable[[Path, Path, Settings], Iterator[Model]]
     open: Callable[[Path], Runtime]
     sizes: Callable[[Path, Path, Settings], Mapping[str, tuple[int, int]]]
     tolerance: Callable[[str], float]
     own_tokenizers: Callable[[Path, Settings], dict[str, tuple[Encode, str | None]]] = lambda folder, settings: {}
     check_metadata: Callable[[Path, Path], None] = lambda student, folder: None
-    notes: Callable[[Shape, Settings], list[str]] = lambda shape, settings: []
+    notes: Callable[[Path, Settings], list[str]] = lambda student, settings: []
 
 
 # --- onnx -----------------------------------------------------------------------------------------------------------
@@ -75,25 +78,26 @@ def _plain(graph: Path, *, exact: bool = False) -> Forward:
     return PlainOnnx(graph, exact=exact).cached_logits
 
 
-def _onnx_models(folder: Path, shape: Shape, settings: Settings) -> Iterator[Model]:
+def _onnx_models(student: Path, folder: Path, settings: Settings) -> Iterator[Model]:
+    config = read_config(student)
+    model = skeleton(student) if to_onnx.is_traced(config) else None
     for precision, path in reversed(to_onnx.graphs(settings).items()):
         graph = folder / path
         runtimes = {"onnxruntime": (partial(_plain, graph), _onnx_tolerance(precision))}
         if _onnx_tolerance(precision) == COARSE:  # held to its arithmetic too, without the rounding of activations
             exact = HALF if precision == "q4f16" else EXACT
             runtimes["onnxruntime, activations in float32"] = (partial(_plain, graph, exact=True), exact)
-        yield Model(path, read_back.onnx_weights(graph, shape), runtimes)
+        if model is None:
+            yield Model(path, read_back.onnx_weights(graph, Shape.from_config(config)), runtimes)
+        else:
+            yield Model(path, read_back.traced_weights(graph, model), runtimes, required=layout(model))
 
 
 def _onnx_sizes(student: Path, folder: Path, settings: Settings) -> dict[str, tuple[int, int]]:
-    from transformers import AutoConfig
-
-    shape = Shape.from_config(read_config(student))
-    positions = AutoConfig.from_pretrained(student, local_files_only=True).max_position_embeddings
     return {
         path: (
             to_onnx.data_name(folder / path).stat().st_size + _embedded(folder / path),
-            to_onnx.arithmetic_bytes(shape, settings, precision, positions=positions),
+            to_onnx.arithmetic_bytes(student, settings, precision),
         )
         for precision, path in to_onnx.graphs(settings).items()
     }
@@ -108,12 +112,19 @@ def _embedded(graph: Path) -> int:
     return sum(value.nbytes for value in inside if value.nbytes > 1024)
 
 
-def _unheard(settings: Settings) -> list[str]:
-    """A rule that was given, that nothing here could hold to the model's tokens."""
+def _gguf_notes(student: Path, settings: Settings) -> list[str]:
+    """Matrices that k-quants cannot hold; a rule that was given, that nothing here could hold to the model's tokens."""
+    notes = []
+    fallen = to_gguf.fallen_back(Shape.from_config(read_config(student)), settings.precision)
+    if fallen:
+        notes.append(
+            f"{len(fallen)} matrices have an older type, {fallen[0]} first: their rows are no multiples of 256, which "
+            "k-quants ask for"
+        )
     pre = settings.tokenizer_pre
-    if pre is None or pre in gguf_tokenizer.PRE or find_spec("llama_cpp"):
-        return []
-    return [f"--tokenizer-pre {pre} was taken at its word: only llama.cpp knows how it splits text"]
+    if pre is not None and pre not in gguf_tokenizer.PRE and not find_spec("llama_cpp"):
+        notes.append(f"--tokenizer-pre {pre} was taken at its word: only llama.cpp knows how it splits text")
+    return notes
 
 
 def _genai_tokenizer(folder: Path, settings: Settings) -> dict[str, tuple[Encode, str | None]]:
@@ -125,8 +136,9 @@ def _genai_tokenizer(folder: Path, settings: Settings) -> dict[str, tuple[Encode
 # --- gguf -----------------------------------------------------------------------------------------------------------
 
 
-def _gguf_models(folder: Path, shape: Shape, settings: Settings) -> Iterator[Model]:
-    tolerance = COARSE if settings.precision in to_gguf.BLOCK_BYTES else HALF  # its KV cache is float16
+def _gguf_models(student: Path, folder: Path, settings: Settings) -> Iterator[Model]:
+    shape = Shape.from_config(read_config(student))
+    tolerance = HALF if settings.precision in to_gguf.VALUE_BYTES else COARSE  # its KV cache is float16
     runtimes = (
         {"llama.cpp": (lambda: LlamaCppRuntime(folder).cached_logits, tolerance)} if find_spec("llama_cpp") else {}
     )
@@ -243,7 +255,8 @@ def _check_gguf_tokens(student: Path, folder: Path) -> None:
 # --- bitsandbytes ---------------------------------------------------------------------------------------------------
 
 
-def _bitsandbytes_models(folder: Path, shape: Shape, settings: Settings) -> Iterator[Model]:
+def _bitsandbytes_models(student: Path, folder: Path, settings: Settings) -> Iterator[Model]:
+    shape = Shape.from_config(read_config(student))
     yield Model("model.safetensors", read_back.bitsandbytes_weights(folder, shape), {})
 
 
@@ -256,8 +269,8 @@ def _bitsandbytes_sizes(student: Path, folder: Path, settings: Settings) -> dict
     return {"model.safetensors": (total, expected)}
 
 
-def _kept_whole(shape: Shape, settings: Settings) -> list[str]:
-    kept = to_bitsandbytes.refused(shape, settings.precision)
+def _kept_whole(student: Path, settings: Settings) -> list[str]:
+    kept = to_bitsandbytes.refused(Shape.from_config(read_config(student)), settings.precision)
     if not kept:
         return []
     return [f"{len(kept)} matrices stay as they are, {kept[0]} first: CPU kernels refuse their sizes in nf4"]
@@ -280,7 +293,7 @@ FORMATS: dict[str, Format] = {
         tolerance=lambda precision: EXACT,
         own_tokenizers=_gguf_tokenizer,
         check_metadata=_check_gguf_metadata,
-        notes=lambda shape, settings: _unheard(settings),
+        notes=_gguf_notes,
     ),
     "bitsandbytes": Format(
         write=to_bitsandbytes.write_bitsandbytes,

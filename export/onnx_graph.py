@@ -1,4 +1,4 @@
-"""The ONNX graph: built by onnxruntime-genai's builder in float32, then rounded, halved and written by passes of ours.
+"""The ONNX graph: built by onnxruntime-genai's builder in float32, then halved, rounded and written by passes of ours.
 
 The builder's own int8 leaves a float32 table behind for a tied embedding; here one packed table serves both lm_head
 (MatMulNBits) and embedding (Gather and a few standard nodes), at 4 and at 8 bits. Weights are evaluated one at a time
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,6 @@ MICROSOFT = "com.microsoft"
 ALIGNMENT = 64  # of a tensor in the data file; a page where it is large, so that it can be mapped
 PAGE_BYTES, LARGE_BYTES = 4096, 2**20
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: the CPU kernels multiply int8 by int4 or int8
-EMBEDDING = "model.embed_tokens.weight"  # the builder's names
-HEAD = "lm_head.MatMul.weight"
 
 
 class DataFile:
@@ -37,14 +36,12 @@ class DataFile:
         self.path = path
         self._file = path.open("wb")
 
-    def add(self, name: str, values: Any, *, half: bool = False) -> onnx_ir.Value:
-        """An initializer whose bytes now lie in the file; `half` stores floating-point values in 16 bits."""
+    def add(self, name: str, values: Any) -> onnx_ir.Value:
+        """An initializer whose bytes now lie in the file."""
         import numpy
         import onnx_ir as ir
 
         array = numpy.ascontiguousarray(values)
-        if half and array.dtype == numpy.float32:
-            array = array.astype(numpy.float16)
         alignment = PAGE_BYTES if array.nbytes >= LARGE_BYTES else ALIGNMENT
         offset = -(-self._file.tell() // alignment) * alignment
         self._file.seek(offset)
@@ -63,13 +60,15 @@ class DataFile:
         self._file.close()
 
 
-def build(student: Path, work: Path) -> tuple[onnx_ir.Model, dict[str, Any]]:
-    """The float32 graph of a Hugging Face folder, its weights not yet evaluated, and its genai_config.
+def build(student: Path, *, half: bool = False) -> tuple[onnx_ir.Model, dict[str, Any]]:
+    """The graph of a Hugging Face folder, its weights not yet evaluated, and its genai_config.
 
-    `work` gets the builder's files. Raises UserError for an architecture that the builder does not know.
+    In float32; with `half` in float16, the KV cache included, but for the logits. Raises UserError for an architecture
+    that the builder does not know.
     """
     from unittest.mock import patch
 
+    import onnx_ir as ir
     from onnxruntime_genai.models import builder
 
     graphs: list[onnx_ir.Model] = []
@@ -77,18 +76,27 @@ def build(student: Path, work: Path) -> tuple[onnx_ir.Model, dict[str, Any]]:
     def keep(self: Any, folder: str) -> None:
         graphs.append(self.model)
 
-    talk = io.StringIO()
-    # the builder would write all weights in float32, for us to read them back
-    with patch.object(builder.Model, "save_model", keep), contextlib.redirect_stdout(talk):  # pyright: ignore
-        where = ("", str(student), str(work), "fp32", "cpu", str(work / "cache"))
-        try:
-            builder.create_model(*where, **builder.parse_extra_options(*where, []))
-        except NotImplementedError as error:
-            raise UserError(
-                f"onnxruntime-genai's builder does not know this architecture ({error}); expected one of a family "
-                "it builds, such as Llama, Mistral, Qwen2 or Qwen3"
-            ) from error
-    return graphs[0], json.loads((work / "genai_config.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as work:
+        where = ("", str(student), work, "fp32", "cpu", str(Path(work) / "cache"))
+        # the builder would write all weights in float32, for us to read them back
+        with patch.object(builder.Model, "save_model", keep), contextlib.redirect_stdout(io.StringIO()):  # pyright: ignore
+            try:
+                builder.create_model(*where, **builder.parse_extra_options(*where, []))
+            except NotImplementedError as error:
+                raise UserError(
+                    f"onnxruntime-genai's builder does not know this architecture ({error}); expected one of a family "
+                    "it builds, such as Llama, Mistral, Qwen2 or Qwen3"
+                ) from error
+        genai = json.loads((Path(work) / "genai_config.json").read_text(encoding="utf-8"))
+    graph: Any = graphs[0].graph
+    _embed_from_rows(graph)
+    for value in (*graph.inputs, *graph.outputs):
+        if str(value.name).startswith(("past_key_values.", "present.")):
+            # the builder leaves a name there, which transformers.js takes for a length of 0
+            value.shape = ir.Shape([*value.shape[:3], genai["model"]["decoder"]["head_size"]])
+    if half:
+        _halve(graph)
+    return graphs[0], genai
 
 
 def write(
@@ -98,39 +106,30 @@ def write(
     bits: Callable[[str], int | None],
     block: int,
     algorithm: str = "rtn",
-    half: bool = False,
-    head_dim: int,
     data_name: str,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Write a graph from `build` to `path`, its weights to `data_name` beside it.
+    """Write a graph to `path`, its weights to `data_name` beside it.
 
-    bits: initializer name -> 4 or 8 to round it, None to keep it in floating point. half: every floating-point
-    tensor, the KV cache included, in 16 bits; logits stay float32. `progress` is told weights, not bytes.
+    bits: initializer name -> 4 or 8 to round it, None to keep it as it is. `progress` is told weights, not bytes.
     """
     import onnx_ir as ir
 
     graph: Any = model.graph
     with DataFile(path.with_name(data_name)) as data:
-        _embed_from_rows(graph)
         for name, value in list(graph.initializers.items()):
             width = bits(name)
+            if not value.dtype.is_floating_point() or value.const_value.size == 1:
+                continue  # shapes and scalars stay in the graph, where its shapes are inferred from them
             if width is None:
-                values = value.const_value.numpy()
-                fresh = data.add(name, values, half=half)
+                fresh = data.add(name, value.const_value.numpy())
                 graph.initializers.pop(name)
                 value.replace_all_uses_with(fresh)
                 graph.initializers.add(fresh)
             else:
-                _round(graph, value, data, bits=width, block=block, algorithm=algorithm, half=half)
+                _round(graph, value, data, bits=width, block=block, algorithm=algorithm)
             if progress is not None:
                 progress(value.const_value.size)
-    if half:
-        _halve(graph)
-    for value in (*graph.inputs, *graph.outputs):
-        if str(value.name).startswith(("past_key_values.", "present.")):
-            # the builder leaves a name there, which transformers.js takes for a length of 0
-            value.shape = ir.Shape([*value.shape[:3], head_dim])
     graph.sort()
     ir.save(model, path)
 
@@ -150,6 +149,19 @@ def _embed_from_rows(graph: Any) -> None:
             graph.remove(node, safe=True)
 
 
+def rows_are_outputs(node: Any, weight: Any) -> bool | None:
+    """Whether a matrix lies (out, in) in the product or look-up that reads it, else (in, out).
+
+    None where the node does something else with it.
+    """
+    attributes = {name: value.value for name, value in node.attributes.items()}
+    if node.op_type == "Gather" and node.inputs[0] is weight:
+        return attributes.get("axis", 0) == 0
+    if node.op_type in ("MatMul", "FusedMatMul", "Gemm") and node.inputs[1] is weight:
+        return bool(attributes.get("transB", 0))
+    return None
+
+
 def _replace(graph: onnx_ir.Graph, old: onnx_ir.Node, new: list[onnx_ir.Node]) -> None:
     """Put `new` in the place of `old`; the last one's output takes over its name, type, shape and readers."""
     import onnx_ir as ir
@@ -167,24 +179,22 @@ def _round(
     bits: int,
     block: int,
     algorithm: str,
-    half: bool,
 ) -> None:
     """Replace one weight by its blocks, and each node that reads it by the one that reads blocks."""
-    import onnx_ir as ir
     import torch
 
     name = str(value.name)
     readers = list(value.consumers())
     table = any(node.op_type == "Gather" for node in readers)
     weight = torch.from_numpy(value.const_value.numpy())
-    if name != EMBEDDING:
-        weight = weight.T  # the builder stores (K, N)
+    if not rows_are_outputs(readers[0], value):
+        weight = weight.T
     block = fitting_block(block, weight.shape[1])
     if table and algorithm in ASYMMETRIC:  # one table serves lm_head and embedding, which knows no zero points
         algorithm = "search"
     blocks = round_blocks(weight, bits=bits, block=block, algorithm=algorithm)
     inputs = [data.add(f"{name}_q{bits}", blocks.packed().numpy())]
-    inputs.append(data.add(f"{name}_scales", blocks.scale_NG.numpy(), half=half))
+    inputs.append(data.add(f"{name}_scales", blocks.scale_NG.to(weight.dtype).numpy()))
     if blocks.zero_NG is not None:
         inputs.append(data.add(f"{name}_zero_points", _packed_rows(blocks)))
     for initializer in inputs:
@@ -192,13 +202,28 @@ def _round(
     N, K = weight.shape
     sizes = {"bits": bits, "block_size": block}
     for node in readers:
-        if node.op_type == "MatMul":
-            attributes = {"K": K, "N": N, **sizes, "accuracy_level": INT8_ACTIVATIONS}
-            product = ir.node("MatMulNBits", [node.inputs[0], *inputs], attributes, domain=MICROSOFT, name=node.name)
-            _replace(graph, node, [product])
-        elif node.op_type == "Gather":
+        if node.op_type == "Gather":
             _gather(graph, node, inputs, sizes, hidden=K)
+        else:
+            _multiply(graph, node, inputs, {"K": K, "N": N, **sizes, "accuracy_level": INT8_ACTIVATIONS})
     graph.initializers.pop(name)
+
+
+def _multiply(graph: Any, node: Any, inputs: list[Any], attributes: dict[str, int]) -> None:
+    """The product from packed rows; what FusedMatMul and Gemm do beside it becomes a node of its own."""
+    import numpy
+    import onnx_ir as ir
+
+    name = node.name
+    new = [ir.node("MatMulNBits", [node.inputs[0], *inputs], attributes, domain=MICROSOFT, name=name)]
+    scale = node.attributes["alpha"].as_float() if "alpha" in node.attributes else 1.0
+    if scale != 1.0:
+        factor = ir.Value(name=f"{name}/alpha", const_value=ir.tensor(numpy.array(scale, inputs[1].dtype.numpy())))
+        graph.initializers.add(factor)
+        new.append(ir.node("Mul", [new[-1].outputs[0], factor], name=f"{name}/scaled"))
+    if len(node.inputs) > 2:
+        new.append(ir.node("Add", [new[-1].outputs[0], node.inputs[2]], name=f"{name}/biased"))
+    _replace(graph, node, new)
 
 
 def _gather(graph: Any, node: Any, inputs: list[Any], sizes: dict[str, int], *, hidden: int) -> None:
@@ -237,7 +262,7 @@ def _gather(graph: Any, node: Any, inputs: list[Any], sizes: dict[str, int], *, 
         ends = [constant(name, [value]) for name, value in (("start", 0), ("stop", hidden), ("axis", 2))]
         add("Slice", "cut", [joined, *ends])
     # a tied table was read by columns until now, and turned round after
-    last = node.outputs[0].consumers()[0] if "axis" in node.attributes else node
+    last = node if rows_are_outputs(node, node.inputs[0]) else node.outputs[0].consumers()[0]
     _replace(graph, last, new)
     if last is not node:
         graph.remove(node, safe=True)
@@ -262,11 +287,19 @@ def _packed_rows(blocks: Blocks) -> Any:
     return zero_NG.contiguous().numpy()
 
 
-def _halve(graph: onnx_ir.Graph) -> None:
-    """Make every float32 value of the graph float16, and hand the logits out in float32 all the same."""
+def _halve(graph: Any) -> None:
+    """Make every float32 value of the graph float16, but for the logits."""
+    import numpy
     import onnx_ir as ir
 
-    logits = next(value for value in graph.outputs if value.name == "logits")
+    def half_of(values: Any) -> Any:
+        return lambda: ir.Tensor(values.numpy().astype(numpy.float16))
+
+    for value in graph.initializers.values():
+        if value.dtype == ir.DataType.FLOAT:
+            tensor = value.const_value
+            value.const_value = ir.LazyTensor(half_of(tensor), dtype=ir.DataType.FLOAT16, shape=tensor.shape)
+            value.dtype = ir.DataType.FLOAT16
     for node in graph:
         for attribute in node.attributes.values():
             if attribute.name == "to" and attribute.as_int() == ir.DataType.FLOAT:
@@ -277,6 +310,14 @@ def _halve(graph: onnx_ir.Graph) -> None:
     for value in (*graph.inputs, *graph.outputs):
         if value.dtype == ir.DataType.FLOAT:
             value.dtype = ir.DataType.FLOAT16
+    logits_in_float32(graph)
+
+
+def logits_in_float32(graph: Any) -> None:
+    """Hand the logits of a float16 graph out in float32."""
+    import onnx_ir as ir
+
+    logits = next(value for value in graph.outputs if value.name == "logits")
     cast = ir.node("Cast", [logits], {"to": ir.DataType.FLOAT}, name="/lm_head/Cast")
     cast.outputs[0].shape, cast.outputs[0].dtype = logits.shape, ir.DataType.FLOAT
     graph.append(cast)

@@ -51,6 +51,8 @@ class PlainOnnx:
         for part in (ids[:prefill], *ids[prefill:].split(1)) if prefill < len(ids) else (ids,):
             done += len(part)
             feeds = {"input_ids": part.numpy()[None], "attention_mask": numpy.ones((1, done), numpy.int64)}
+            if "position_ids" in inputs:  # a traced graph asks for them
+                feeds["position_ids"] = numpy.arange(done - len(part), done)[None]
             outputs: dict[str, Any] = dict(zip(names, self._session.run(None, feeds | past), strict=True))
             past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
             found.append(torch.from_numpy(outputs["logits"][0]))

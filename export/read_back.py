@@ -8,15 +8,20 @@ The code that wrote is not asked, but for GGUF's names and order of rows, which 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compressor import families
 from compressor.shape import Shape
 
+from .onnx_graph import rows_are_outputs
+from .onnx_traced import JOIN, layout
+
 if TYPE_CHECKING:
     import torch
+
+    Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 SLACK = 0.02  # of a step: what float32 arithmetic may move a weight at the border of two steps
 HALF_SLACK = 2.0**-10  # of a product: a scale stored in float16 is off by half of this at most
@@ -34,10 +39,34 @@ class Read(NamedTuple):
 
 
 def onnx_weights(graph_path: Path, shape: Shape) -> Iterator[Read]:
-    """The weights of a graph that `onnx_graph.write` wrote: packed for MatMulNBits, or plain initializers.
+    """The weights of a graph that onnxruntime-genai's builder built."""
+    for name, tensors in _initializers(graph_path, lambda name: shape.hidden):
+        yield from _named(name, tensors, shape)
 
-    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md has the layout. An embedding's table is
-    packed alike and read by its rows; one that lm_head shares comes once.
+
+def traced_weights(graph_path: Path, model: Any) -> Iterator[Read]:
+    """The weights of a traced graph, which have their parameters' names; `model`, without weights, has their sizes.
+
+    A vector that the tracer left as it is comes too; one that it folded into another has no name any more.
+    """
+    matrices, parameters = layout(model), dict(model.named_parameters())
+    for joined, tensors in _initializers(graph_path, lambda name: matrices[name].columns):
+        names = joined.split(JOIN)
+        if names[0] not in matrices:
+            if joined in parameters:
+                yield Read(joined, *tensors)
+            continue
+        parts = zip(names, *(tensor.split([matrices[name].rows for name in names]) for tensor in tensors), strict=True)
+        for name, *part in parts:
+            yield Read(name, *(tensor.T if matrices[name].turned else tensor for tensor in part))
+
+
+def _initializers(graph_path: Path, table_columns: Callable[[str], int]) -> Iterator[tuple[str, Tensors]]:
+    """Name -> value, low, high, a matrix as (out, in), of a graph that `onnx_graph.write` wrote.
+
+    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md has the layout of what MatMulNBits
+    reads. An embedding's table is packed alike and read by its rows; one that lm_head shares comes once.
+    table_columns: name -> the hidden size of such a table.
     """
     import onnx_ir as ir
 
@@ -49,7 +78,8 @@ def onnx_weights(graph_path: Path, shape: Shape) -> Iterator[Read]:
             packed, scales, *zeros = (value for value in node.inputs[1:4] if value is not None)
             bits, columns = node.attributes["bits"].as_int(), node.attributes["K"].as_int()
         elif table is not None and (found := re.search(r"_q(\d)$", str(table.name))):
-            packed, zeros, bits, columns = table, [], int(found[1]), shape.hidden
+            packed, zeros, bits = table, [], int(found[1])
+            columns = table_columns(re.sub(r"_q\d$", "", str(table.name)))
             scales = graph.initializers[re.sub(r"_q\d$", "_scales", str(table.name))]
         else:
             continue
@@ -58,14 +88,17 @@ def onnx_weights(graph_path: Path, shape: Shape) -> Iterator[Read]:
         seen |= {str(value.name) for value in (packed, scales, *zeros)}
         parts = [_array(value) for value in (packed, scales, *zeros)]
         base = re.sub(r"_q\d$", "", str(packed.name))
-        yield from _named(base, _blocks(*parts, bits=bits, columns=columns), shape)
+        yield base, _blocks(*parts, bits=bits, columns=columns)
     for name, value in graph.initializers.items():
         if name in seen or re.search(r"(_cache|/\w+)$", name):  # rope tables, constants of the graph's own
             continue
+        if not value.dtype.is_floating_point():
+            continue
         array = _array(value)
-        if array.dim() == 2:  # (in, out) but for an embedding of its own
-            array = array if name == "model.embed_tokens.weight" else array.T
-        yield from _named(name, _floats(array), shape)
+        reader = next(iter(value.consumers()), None)
+        if array.dim() == 2 and reader is not None and not rows_are_outputs(reader, value):
+            array = array.T
+        yield name, _floats(array)
 
 
 def _array(value: Any) -> torch.Tensor:
@@ -77,7 +110,7 @@ def _array(value: Any) -> torch.Tensor:
 
 def _blocks(
     packed_NGB: torch.Tensor, scales_NG: torch.Tensor, zeros: torch.Tensor | None = None, *, bits: int, columns: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Tensors:
     """Value, low and high (N, K) of a packed matrix."""
     import torch
 
@@ -105,7 +138,7 @@ def _blocks(
     return value, torch.minimum(one, other) - slack, torch.maximum(one, other) + slack  # a scale may be negative
 
 
-def _floats(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _floats(values: torch.Tensor) -> Tensors:
     """A float16 stands for what rounds to it, a float32 for itself."""
     import torch
 
@@ -118,7 +151,7 @@ def _floats(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return value, value - reach, value + reach
 
 
-def _named(name: str, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], shape: Shape) -> Iterator[Read]:
+def _named(name: str, tensors: Tensors, shape: Shape) -> Iterator[Read]:
     """One tensor of the builder's under the name or names that Hugging Face has for it."""
     layer = re.match(r"model\.layers\.(\d+)\.(.+)", name)
     if layer is None or layer[2].startswith("final_norm"):
@@ -153,7 +186,10 @@ def gguf_weights(path: Path, shape: Shape) -> Iterator[Read]:
         value = torch.from_numpy(numpy.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
         value = value.view(tuple(int(size) for size in reversed(tensor.shape)))
         plain = kind in _PLAIN
-        parts = _floats(value.to(getattr(torch, _PLAIN[kind]))) if plain else _steps(value, tensor.data, kind)
+        if plain:
+            parts = _floats(value.to(getattr(torch, _PLAIN[kind])))
+        else:
+            parts = (_super_steps if kind in _SUPER else _steps)(value, tensor.data, kind)
         yield Read(name, *(unpermuted(name, part, shape) for part in parts))
 
 
@@ -162,7 +198,7 @@ _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BLOCKED = {"Q8_0": (8, False), "Q5_0": (5, False), "Q5_1": (5, True), "Q4_0": (4, False), "Q4_1": (4, True)}
 
 
-def _steps(value: torch.Tensor, data: Any, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _steps(value: torch.Tensor, data: Any, kind: str) -> Tensors:
     """Value, low and high of a block type: a step is the float16 that each block of 32 begins with."""
     import numpy
     import torch
@@ -185,6 +221,56 @@ def _steps(value: torch.Tensor, data: Any, kind: str) -> tuple[torch.Tensor, tor
     reach_GB = reach_GB + ((value_GB - minimum_G1).abs() + minimum_G1.abs()) * HALF_SLACK + 2**bits * TINY
     low, high = value_GB - reach_GB, value_GB + reach_GB
     return value, low.view(value.shape), high.view(value.shape)
+
+
+# type -> bytes of a super-block, its blocks, the levels of a weight
+_SUPER = {"Q4_K": (144, 8, 16), "Q5_K": (176, 8, 32), "Q6_K": (210, 16, 64)}
+
+
+def _super_steps(value: torch.Tensor, data: Any, kind: str) -> Tensors:
+    """Value, low and high of a k-quant: the step of a block is its own small integer times the super-block's float16.
+
+    Within its range a weight lies half a step from its value; beyond, it is off by what rounding the block's scale and
+    minimum to those integers, and the search for them, left out.
+    """
+    import numpy
+    import torch
+
+    size, blocks, levels = _SUPER[kind]
+    raw = numpy.ascontiguousarray(data).reshape(-1, size)
+
+    def half(start: int) -> torch.Tensor:
+        return torch.from_numpy(raw[:, start : start + 2].copy().view(numpy.float16).astype(numpy.float32))
+
+    if kind == "Q6_K":
+        d_S1, least_S1 = half(208), torch.zeros(())
+        steps_SB = d_S1 * torch.from_numpy(raw[:, 192:208].copy().view(numpy.int8).astype(numpy.float32))
+        bottom_SB1, reach = (steps_SB * -(levels // 2)).unsqueeze(-1), levels // 2
+    else:
+        d_S1, least_S1 = half(0), half(2)
+        scales, minima = _six_bits(torch.from_numpy(raw[:, 4:16].astype(numpy.int64)))
+        steps_SB = d_S1 * scales
+        bottom_SB1, reach = (-least_S1 * minima).unsqueeze(-1), levels
+    value_SBW = value.reshape(len(raw), blocks, -1)
+    steps_SB1 = steps_SB.unsqueeze(-1)
+    level_SBW = torch.where(steps_SB1 == 0, 0.0, (value_SBW - bottom_SB1) / steps_SB1).round()
+    inside_SBW = (level_SBW > 0) & (level_SBW < levels - 1)
+    lost_S11 = (d_S1.abs() * reach / 2 + least_S1.abs() / 2).unsqueeze(-1)
+    slack_SBW = value_SBW.abs() * HALF_SLACK + levels * TINY
+    edge_SBW = steps_SB1.abs() * CLIPPED + lost_S11
+    reach_SBW = torch.where(inside_SBW, steps_SB1.abs() * (0.5 + SLACK), edge_SBW) + slack_SBW
+    low, high = value_SBW - reach_SBW, value_SBW + reach_SBW
+    return value, low.view(value.shape), high.view(value.shape)
+
+
+def _six_bits(packed_S12: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight scales and eight minima of 6 bits from 12 bytes, the high bits of the last four in the first eight."""
+    import torch
+
+    low, middle, high = packed_S12.split(4, dim=1)
+    scales = torch.cat([low & 63, (high & 15) | (low >> 6 << 4)], dim=1)
+    minima = torch.cat([middle & 63, (high >> 4) | (middle >> 6 << 4)], dim=1)
+    return scales.float(), minima.float()
 
 
 def bitsandbytes_weights(folder: Path, shape: Shape) -> Iterator[Read]:
@@ -211,9 +297,7 @@ def bitsandbytes_weights(folder: Path, shape: Shape) -> Iterator[Read]:
                     yield Read(name, *_floats(values))
 
 
-def _codes(
-    packed: torch.Tensor, absmax_G: torch.Tensor, code_C: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _codes(packed: torch.Tensor, absmax_G: torch.Tensor, code_C: torch.Tensor) -> Tensors:
     """Value, low and high of 4-bit codes, the earlier one in the high half of a byte: midpoints between codes."""
     import torch
 

@@ -11,7 +11,7 @@ from compressor.errors import UserError
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16", "int8", "int4"),
     "bitsandbytes": ("nf4", "int8"),
-    "gguf": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    "gguf": ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"),
 }
 DEFAULT_PRECISION = {"onnx": "int4", "bitsandbytes": "nf4", "gguf": "q8_0"}
 ALGORITHMS = ("rtn", "search", "k_quant", "hqq")
@@ -66,16 +66,24 @@ class Settings:
 
     def bits(self, name: str, *, layers: int, tied: bool, precision: str | None = None) -> int | None:
         """The width of a matrix in an ONNX graph, by its Hugging Face or builder name; None in floating point."""
-        precision = precision or self.precision
+        part = layer_part(name, layers)
+        if name.startswith("lm_head") or (tied and "embed_tokens" in name):
+            part = "head"
+        return self.bits_of(part, precision or self.precision)
+
+    def bits_of(self, part: str | None, precision: str) -> int | None:
+        """The width of the matrices of a part: head, first, last, or None for any other."""
         if precision == "int8":
             return 8
         if precision not in ("int4", "q4f16"):
             return None
-        found = re.search(r"layers\.(\d+)\.", name)
-        part = {0: "first", layers - 1: "last"}.get(int(found[1])) if found else None
-        if name.startswith("lm_head") or (tied and "embed_tokens" in name):
-            part = "head"
         return 8 if part in self.sensitive else 4
+
+
+def layer_part(name: str, layers: int) -> str | None:
+    """first or last where a tensor's name tells of that layer."""
+    found = re.search(r"\.(\d+)\.", name)
+    return {0: "first", layers - 1: "last"}.get(int(found[1])) if found else None
 
 
 def settings_of(format: str, precision: str | None = None, **dials: Any) -> Settings:

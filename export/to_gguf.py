@@ -20,7 +20,9 @@ from compressor.run import write_json
 from compressor.runtime.in_gguf import FILE
 from compressor.shape import Shape
 
+from . import k_quants
 from .gguf_tokenizer import tokenizer_fields
+from .k_quants import MIXES, SUPER_BLOCK
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # values and bytes of a block; rows that are no multiple of it stay in float16, as llama.cpp does
-BLOCK, BLOCK_BYTES = 32, {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18}
+BLOCKS = {"q8_0": (32, 34), "q5_1": (32, 24), "q5_0": (32, 22), "q4_1": (32, 20), "q4_0": (32, 18)}
+BLOCKS |= {"q6_k": (SUPER_BLOCK, 210), "q5_k": (SUPER_BLOCK, 176), "q4_k": (SUPER_BLOCK, 144)}
 VALUE_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 
@@ -48,6 +51,8 @@ def write_gguf(
     import gguf
     from transformers import AutoConfig
 
+    if settings.precision in MIXES:
+        k_quants.require()
     checkpoint = Checkpoint(student)
     shape = checkpoint.shape
     config: Any = AutoConfig.from_pretrained(student, local_files_only=True)
@@ -100,18 +105,30 @@ def layout(shape: Shape, precision: str) -> dict[str, tuple[str, int, int]]:
     found = {}
     for name, axes in families.tensors(shape):
         *rows, columns = (shape.size(axis) for axis in axes)
-        kind = precision
-        if kind in BLOCK_BYTES and (name.startswith("lm_head") or (shape.tied and "embed_tokens" in name)):
-            kind = (
-                "q8_0"  # a head at 4 bits costs far more quality than its bytes are worth; llama.cpp keeps 6 to 8 too
-            )
-        if not rows:
-            kind = "f32"
-        elif kind in BLOCK_BYTES and columns % BLOCK:
-            kind = "f16"
-        row_bytes = columns // BLOCK * BLOCK_BYTES[kind] if kind in BLOCK_BYTES else columns * VALUE_BYTES[kind]
-        found[name] = (kind, prod(rows) if rows else 0, row_bytes)
+        kind = _kind(name, precision, shape, columns) if rows else "f32"
+        block, block_bytes = BLOCKS.get(kind, (1, VALUE_BYTES.get(kind, 0)))
+        found[name] = (kind, prod(rows) if rows else 0, columns // block * block_bytes)
     return found
+
+
+def _kind(name: str, precision: str, shape: Shape, columns: int) -> str:
+    """The type of a matrix."""
+    head = name.startswith("lm_head") or (shape.tied and "embed_tokens" in name)
+    kind = precision
+    if precision in MIXES:
+        kind = k_quants.kind_of(precision, name, layers=shape.num_layers, head=head)
+        if columns % SUPER_BLOCK:
+            kind = k_quants.FALLBACK[kind]
+    elif precision in BLOCKS and head:
+        kind = "q8_0"  # a head at 4 bits costs far more quality than its bytes are worth; llama.cpp keeps 6 to 8 too
+    return "f16" if kind in BLOCKS and columns % BLOCKS[kind][0] else kind
+
+
+def fallen_back(shape: Shape, precision: str) -> list[str]:
+    """The matrices whose rows fill no super-blocks, so that k-quants cannot hold them."""
+    if precision not in MIXES:
+        return []
+    return [name for name, (kind, rows, _) in layout(shape, precision).items() if rows and not kind.endswith("_k")]
 
 
 def tensor_names(shape: Shape) -> dict[str, str]:
@@ -134,6 +151,8 @@ def encoded(weight: torch.Tensor, kind: str) -> numpy.ndarray:
     import gguf
 
     values = numpy.ascontiguousarray(weight.numpy(), dtype=numpy.float32)
+    if kind.endswith("_k"):
+        return k_quants.pack(values, kind)
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind.upper()])
 
 
@@ -158,10 +177,10 @@ def _write_sizes(writer: Any, config: Any, shape: Shape, settings: Settings, abo
     """Everything but the tokenizer; `config` is transformers', with its defaults filled in."""
     import gguf
 
-    kinds = {"f32": "ALL_F32"} | {kind: f"MOSTLY_{kind.upper()}" for kind in (*BLOCK_BYTES, "f16", "bf16")}
     for key, value in about.items():
         writer.add_string(f"general.{key}", value)
-    writer.add_file_type(gguf.LlamaFileType[kinds[settings.precision]])
+    kind = "ALL_F32" if settings.precision == "f32" else f"MOSTLY_{settings.precision.upper()}"
+    writer.add_file_type(gguf.LlamaFileType[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(shape.vocab)
     writer.add_context_length(config.max_position_embeddings)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from compressor import families
-from compressor.checkpoint import copy_tokenizer, read_config
+from compressor.checkpoint import copy_tokenizer, read_config, skeleton
 from compressor.checkpoint.writing import copy_files
 from compressor.run import write_json
 from compressor.shape import Shape
 
 from .onnx_graph import build, fitting_block, write
+from .onnx_traced import JOIN, layout, trace
 from .rounding import ASYMMETRIC
 from .settings import Settings
 
@@ -34,26 +34,22 @@ def write_onnx(
 ) -> None:
     """Write the graph, its weights, genai_config.json, config.json and the tokenizer into `folder`.
 
-    Raises UserError for an architecture the builder does not know.
+    Raises UserError for an architecture that cannot be built.
     """
     config = read_config(student)
-    shape = Shape.from_config(config)
     for precision, path in graphs(settings).items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as work:
-            model, genai = build(student, Path(work))
-            write(
-                model,
-                target,
-                bits=_bits_by_builder_name(settings, shape, precision),
-                block=settings.block,
-                algorithm=settings.algorithm,
-                half=precision in ("fp16", "q4f16"),
-                head_dim=shape.head_dim,
-                data_name=data_name(target).name,
-                progress=progress,
-            )
+        model, genai = (trace if is_traced(config) else build)(student, half=is_half(precision))
+        write(
+            model,
+            target,
+            bits=_bits_by_name(settings, student, precision),
+            block=settings.block,
+            algorithm=settings.algorithm,
+            data_name=data_name(target).name,
+            progress=progress,
+        )
         if precision == settings.precision:
             genai["model"]["decoder"]["filename"] = path
             write_json(folder / "genai_config.json", genai)
@@ -63,6 +59,16 @@ def write_onnx(
     copy_files(student, folder, ["generation_config.json"])
     copy_tokenizer(student, folder)
     repair_tokenizer(folder)
+
+
+def is_traced(config: Mapping[str, Any]) -> bool:
+    """Whether transformers.exporters trace a model, where `families` has no row; else the builder builds it."""
+    return config["model_type"] not in families.FAMILIES
+
+
+def is_half(precision: str) -> bool:
+    """Whether a graph computes in float16."""
+    return precision in ("fp16", "q4f16")
 
 
 def graphs(settings: Settings) -> dict[str, str]:
@@ -78,7 +84,19 @@ def data_name(graph: Path) -> Path:
     return graph.with_name(f"{graph.name}_data" if graph.parent.name == "onnx" else f"{graph.name}.data")
 
 
-def _bits_by_builder_name(settings: Settings, shape: Shape, precision: str) -> Callable[[str], int | None]:
+def _bits_by_name(settings: Settings, student: Path, precision: str) -> Callable[[str], int | None]:
+    """Initializer -> the bits it is rounded to."""
+    config = read_config(student)
+    if is_traced(config):
+        matrices = layout(skeleton(student))
+
+        def bits_of_matrix(name: str) -> int | None:
+            first = matrices.get(name.split(JOIN)[0])
+            return settings.bits_of(first.part, precision) if first and first.rounds else None
+
+        return bits_of_matrix
+    shape = Shape.from_config(config)
+
     def bits(name: str) -> int | None:
         if not name.endswith(("MatMul.weight", "embed_tokens.weight")):
             return None
@@ -87,27 +105,45 @@ def _bits_by_builder_name(settings: Settings, shape: Shape, precision: str) -> C
     return bits
 
 
-def arithmetic_bytes(shape: Shape, settings: Settings, precision: str, *, positions: int) -> int:
-    """What the data file of one graph must hold: packed weights, a scale a block, norms, biases, rope tables.
-
-    positions: how many the rope tables have, the model's context.
-    """
-    half = precision in ("fp16", "q4f16")
-    value = 2 if half else 4
-    total = 2 * value * positions * shape.head_dim // 2
-    for name, axes in families.tensors(shape):
-        sizes = [shape.size(axis) for axis in axes]
-        bits = settings.bits(name, layers=shape.num_layers, tied=shape.tied, precision=precision)
-        if bits is None or len(sizes) == 1:
+def arithmetic_bytes(student: Path, settings: Settings, precision: str) -> int:
+    """What the data file of one graph must hold: packed weights, a scale a block, norms, biases, the builder's rope."""
+    value = 2 if is_half(precision) else 4
+    total = 0
+    for sizes, bits, looked_up in _tensors(student, settings, precision):
+        if bits is None:
             total += prod(sizes) * value
             continue
         rows, columns = sizes
         block = fitting_block(settings.block, columns)
         blocks = -(-columns // block)
         total += rows * blocks * (block * bits // 8 + value)
-        symmetric = settings.algorithm not in ASYMMETRIC or bits == 8 or "embed_tokens" in name
+        symmetric = settings.algorithm not in ASYMMETRIC or bits == 8 or looked_up
         total += 0 if symmetric else rows * -(-blocks * bits // 8)
     return total
+
+
+def _tensors(student: Path, settings: Settings, precision: str) -> Iterator[tuple[tuple[int, ...], int | None, bool]]:
+    """Sizes, bits and whether it is an embedding, of every tensor that a graph holds."""
+    from transformers import AutoConfig
+
+    config = read_config(student)
+    if is_traced(config):
+        model: Any = skeleton(student)
+        matrices, tokens = layout(model), model.get_input_embeddings().weight
+        for name, parameter in model.named_parameters():
+            found = matrices.get(name)
+            if found is None:
+                yield tuple(parameter.shape), None, False
+            else:
+                bits = settings.bits_of(found.part, precision) if found.rounds else None
+                yield (found.rows, found.columns), bits, parameter is tokens
+        return
+    shape = Shape.from_config(config)
+    positions = AutoConfig.from_pretrained(student, local_files_only=True).max_position_embeddings
+    yield (positions, shape.head_dim), None, False  # rope: a cosine and a sine for every second channel
+    for name, axes in families.tensors(shape):
+        bits = settings.bits(name, layers=shape.num_layers, tied=shape.tied, precision=precision)
+        yield tuple(map(shape.size, axes)), bits if len(axes) == 2 else None, "embed_tokens" in name
 
 
 def _web_config(settings: Settings) -> dict[str, Any]:

@@ -8,20 +8,18 @@ the KV cache are held to the noise of the runtime's arithmetic, however coarse t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compressor import families
-from compressor.checkpoint import Checkpoint, load_tokenizer
+from compressor.checkpoint import load_tokenizer
 from compressor.errors import CheckFailed
 from compressor.runtime import Runtime, TorchRuntime, name_of
 
-from .formats import Format
+from .formats import Format, Model
 from .probes import CONVERSATIONS, TEXTS
-from .read_back import Read
 from .settings import Settings
 
 SIZE_TOLERANCE = 0.03
@@ -41,8 +39,10 @@ def verify(student: Path, folder: Path, settings: Settings, format: Format) -> t
     reference = TorchRuntime(student, dtype=torch.float32, device="cpu")
     results = [_sizes(student, folder, settings, format)]
     format.check_metadata(student, folder)
-    for model in format.models(folder, Checkpoint(student).shape, settings):
-        results.append(_weights(student, reference, model.name, model.weights))
+    for number, model in enumerate(format.models(student, folder, settings)):
+        if number:  # the one before holds the weights of another file
+            reference = TorchRuntime(student, dtype=torch.float32, device="cpu")
+        results.append(_weights(reference, model))
         for name, (start, tolerance) in model.runtimes.items():
             results.append(_logits(f"{model.name} in {name}", start(), reference, tolerance))
     results += [_tokenizer(folder, reference, settings, format), _template(folder, reference)]
@@ -69,16 +69,16 @@ def _sizes(student: Path, folder: Path, settings: Settings, format: Format) -> d
     return {"check": "size", "detail": f"{worst:.4f} of arithmetic", "ratio": worst}
 
 
-def _weights(student: Path, reference: TorchRuntime, file: str, stored: Iterator[Read]) -> dict[str, Any]:
+def _weights(reference: TorchRuntime, model: Model) -> dict[str, Any]:
     """Every tensor is there, and every weight is one that rounds to what is stored; the reference takes them over."""
-    checkpoint = Checkpoint(student)
-    missing = {name for name, _ in families.tensors(checkpoint.shape)}
+    file = model.name
     parameters = dict(reference.model.named_parameters())
+    missing = set(parameters if model.required is None else model.required)
     squares = total = 0.0
-    for name, value, low, high in stored:
+    for name, value, low, high in model.weights:
         if name not in parameters or parameters[name].shape != value.shape:
             raise CheckFailed(f"{file} holds {name} of shape {tuple(value.shape)}, which the student does not have")
-        weight = checkpoint.tensor(name).float()
+        weight = parameters[name].detach()
         outside = (weight < low) | (weight > high) | ~value.isfinite()
         if outside.any():
             at = tuple(int(i) for i in outside.nonzero()[0])

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy
@@ -19,7 +21,7 @@ from compressor.errors import CheckFailed, UserError
 from compressor.evaluate.skills import SKILLS
 from compressor.runtime import LlamaCppRuntime, OnnxRuntime, Runtime, load
 from compressor.surgery import Kept, prune
-from export import Settings, formats, gguf_tokenizer, read_back, to_bitsandbytes, to_gguf
+from export import Settings, formats, gguf_tokenizer, k_quants, read_back, to_bitsandbytes, to_gguf
 from export.formats import FORMATS
 from export.probes import TEXTS
 from export.rounding import ALGORITHMS, round_blocks
@@ -36,7 +38,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": None}),
 }
-EVERY = [f"{format}-{precision}" for format, known in export.PRECISIONS.items() for precision in known]
+needs_llama_cpp = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama.cpp: make llama-cpp")
+EVERY = [
+    pytest.param(f"{format}-{precision}", marks=needs_llama_cpp if precision in k_quants.MIXES else ())
+    for format, known in export.PRECISIONS.items()
+    for precision in known
+]
+# what the builder is not used for: Conv1D, Gemm and a table of positions; windows, norms of 1 + weight
+TRACED: dict[str, dict[str, Any]] = {"gpt2": {}, "gemma3_text": {"sliding_window": 8, "tie_word_embeddings": True}}
 
 
 def tiny(folder: Path, name: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
@@ -49,6 +58,16 @@ def tiny(folder: Path, name: str = "llama", *, seed: int = 0, **overrides: Any) 
     state["model"]["vocab"] |= {"".join(merge): 259 + i for i, merge in enumerate(state["model"]["merges"])}
     path.write_text(json.dumps(state))
     return folder
+
+
+@pytest.fixture(scope="module", params=TRACED)
+def traced(request, tmp_path_factory) -> tuple[Path, Path, Settings]:
+    """A student of another architecture, and its int4 graph, not yet verified."""
+    folder = tmp_path_factory.mktemp(request.param)
+    sizes = SIZES | {"vocab_size": 259, "head_dim": 24} | TRACED[request.param]
+    save_tiny(folder / "student", request.param, **sizes)
+    settings = written(folder / "student", folder / "int4", "onnx-int4", sensitive=("head", "last"))
+    return folder / "student", folder / "int4", settings
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +129,89 @@ def test_pruned_students_pass(tmp_path, how, name):
     )
     prune(teacher, tmp_path / "student", kept=kept, shape=shape)
     export.export(tmp_path / "student", export.parse(name), tmp_path / name)
+
+
+def test_an_architecture_without_a_row_is_traced(traced):
+    student, folder, settings = traced
+    found = check(student, folder, settings)
+    assert found["logits of model.onnx in onnxruntime, activations in float32"]["error"] < 1e-4
+    runtime = OnnxRuntime(folder)
+    assert runtime.parameters == AutoModelForCausalLM.from_pretrained(student).num_parameters()
+    assert [len(list(runtime.tokens([5, 6], max_new_tokens=n, ignore_eos=True))) for n in (1, 9)] == [1, 9]
+
+
+def test_a_changed_traced_graph_is_caught(traced, tmp_path):
+    student, folder, settings = traced
+    copytree(folder, tmp_path / "a")
+    stem = "transformer.h.1.mlp.c_fc" if "gpt2" in str(student) else "model.layers.1.mlp.down_proj"
+    path, offset, _ = in_data(tmp_path / "a", f"{stem}.weight_q4")
+    edit(path, offset, another_block)
+    with pytest.raises(CheckFailed, match=rf"{stem}.weight\[\d+, \d+\] is .* more than rounding explains"):
+        check(student, tmp_path / "a", settings)
+
+
+def test_float16_traces_keep_rope_and_norms_in_order(tmp_path):
+    student = save_tiny(tmp_path / "student", "gemma3_text", **(SIZES | {"num_hidden_layers": 2}))
+    check(student, tmp_path / "a", written(student, tmp_path / "a", "onnx-fp16"))
+
+
+def test_what_cannot_be_traced_is_one_line(tmp_path):
+    student = save_tiny(tmp_path / "student", "mamba", state_size=4, num_hidden_layers=2)
+    with pytest.raises(UserError, match=r"transformers\.exporters cannot trace this mamba model"):
+        export.export(student, export.parse("onnx-fp32"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("precision", k_quants.MIXES)
+def test_k_quants_hold_what_fills_their_blocks(tmp_path, precision):
+    import gguf
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 8}
+    student = tiny(tmp_path / "student", **sizes)
+    manifest = export.export(student, export.parse(f"gguf-{precision}"), tmp_path / "a")
+    assert not manifest["warnings"]
+    kinds = {t.name: t.tensor_type.name.lower() for t in gguf.GGUFReader(tmp_path / "a" / "model.gguf").tensors}
+    most, more = k_quants.MIXES[precision]
+    # llama.cpp's own mix of 8 layers: the first, the last, and every third between
+    assert [i for i in range(8) if kinds[f"blk.{i}.attn_v.weight"] == more] == (
+        [0, 3, 6, 7] if most != more else list(range(8))
+    )
+    assert (kinds["blk.1.attn_q.weight"], kinds["output.weight"]) == (most, more)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", ["q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize("what", ["normal", "outliers", "tiny", "one sign"])
+def test_the_intervals_of_k_quants_hold_their_weights_and_no_others(kind, what):
+    import gguf
+
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(3))
+    if what == "outliers":
+        weight[:, ::32] *= 30
+    elif what == "tiny":
+        weight[:32] *= 1e-9
+        weight[40:, 100:140] *= 1e-4
+    elif what == "one sign":
+        weight = weight.abs() + 1
+
+    def read(data: Any) -> tuple[torch.Tensor, ...]:
+        value = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind.upper()])
+        return read_back._super_steps(torch.from_numpy(value.copy()), data, kind.upper())
+
+    data = k_quants.pack(weight.numpy(), kind)
+    _, low, high = read(data)
+    assert ((weight >= low) & (weight <= high)).all()
+    data[-1, 20:36] = 255 - data[-1, 20:36]
+    _, low, high = read(data)
+    assert ((weight < low) | (weight > high)).sum() > 8
+
+
+def test_k_quants_without_their_library_are_one_line(student, tmp_path, monkeypatch):
+    monkeypatch.setattr(k_quants, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"packed by llama\.cpp's library, which is not installed"):
+        export.export(student, export.parse("gguf-q4_k_m"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -472,8 +574,6 @@ def test_other_greedy_tokens_are_caught(student, tmp_path, runtime, says):
 
 @pytest.mark.parametrize("place", ["student", ".", "full"])
 def test_an_export_takes_the_place_of_nothing_else(student, tmp_path, monkeypatch, place):
-    from shutil import copytree
-
     copytree(student, tmp_path / "student")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
@@ -493,8 +593,6 @@ def test_two_exports_to_one_place_do_not_meet(student, tmp_path):
 
 
 def test_a_missing_tokenizer_is_one_line(student, tmp_path):
-    from shutil import copytree
-
     copytree(student, tmp_path / "s")
     (tmp_path / "s" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="no usable tokenizer"):
@@ -608,7 +706,7 @@ def test_llama_cpp_itself_took_part(student, tmp_path):
     [
         ("tflite", "format 'tflite' is not known; expected one of onnx, bitsandbytes, gguf"),
         ("onnx-int3", "precision of onnx 'int3' is not known; expected one of fp32, fp16, int8, int4"),
-        ("gguf-q4_k_m", "precision of gguf 'q4_k_m' is not known"),
+        ("gguf-q3_k_m", "precision of gguf 'q3_k_m' is not known"),
     ],
 )
 def test_unknown_formats_and_precisions_are_named(text, message):
@@ -628,8 +726,6 @@ def test_sizes_that_bitsandbytes_kernels_refuse_are_found_before(tmp_path):
 
 
 def test_an_architecture_the_builder_does_not_know_is_one_line(student, tmp_path):
-    from shutil import copytree
-
     copytree(student, tmp_path / "other")
     path = tmp_path / "other" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["LlamaForSomethingElse"]}))

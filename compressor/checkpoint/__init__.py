@@ -6,11 +6,13 @@ from .reading import (
     Checkpoint,
     Stored,
     check_finite,
+    count_parameters,
     load_gguf,
     load_model,
     load_tokenizer,
     read_config,
     resolve,
+    skeleton,
     weight_files,
 )
 from .writing import Described, copy_files, copy_tokenizer, require_space, write_checkpoint
@@ -24,12 +26,14 @@ __all__ = [
     "check_finite",
     "copy_files",
     "copy_tokenizer",
+    "count_parameters",
     "load_gguf",
     "load_model",
     "load_tokenizer",
     "read_config",
     "require_space",
     "resolve",
+    "skeleton",
     "weight_files",
     "write_checkpoint",
 ]

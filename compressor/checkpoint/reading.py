@@ -387,6 +387,27 @@ def load_model(folder: Path | str, *, dtype: Any = None, device: Any = None) -> 
     return model.eval() if packed else model.to(device or "cpu").eval()
 
 
+def skeleton(folder: Path | str) -> PreTrainedModel:
+    """The model of a config.json without its weights, on torch's meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def count_parameters(folder: Path | str) -> int:
+    """Of a folder's model, by its config.json alone: from the table of families, else as transformers builds it."""
+    from .. import families
+    from ..shape import Shape
+
+    config = read_config(folder)
+    if config["model_type"] in families.FAMILIES:
+        return Shape.from_config(config).parameters
+    return skeleton(folder).num_parameters()
+
+
 def load_gguf(folder: Path | str, file: str, *, device: Any = None) -> PreTrainedModel:
     """The model of a GGUF file, dequantized to float32, in eval mode. The sizes are those of config.json beside it.
 

@@ -22,8 +22,7 @@ class OnnxRuntime(Speaker):
     def __init__(self, folder: Path | str, *, threads: int | None = None) -> None:
         from importlib import import_module
 
-        from ..checkpoint import load_tokenizer, read_config
-        from ..shape import Shape
+        from ..checkpoint import count_parameters, load_tokenizer
 
         genai: Any = import_module("onnxruntime_genai")  # a compiled module without types
         genai.disable_telemetry_events()
@@ -50,7 +49,7 @@ class OnnxRuntime(Speaker):
         self.every_logit = True
         self.nbytes = self.memory_bytes = sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
         self.tokenizer = load_tokenizer(self.folder)
-        self.parameters = Shape.from_config(read_config(self.folder)).parameters
+        self.parameters = count_parameters(self.folder)
         self.stops = stop_ids(stops, self.tokenizer)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
