@@ -183,7 +183,7 @@ def export(
         int | None, typer.Option(help="onnx int8, int4: weights that share a scale. [default: 64]")
     ] = None,
     algorithm: Annotated[
-        str | None, typer.Option(help="onnx int4: rtn, search, k_quant or hqq. [default: rtn]")
+        str | None, typer.Option(help="onnx int4: rtn, search, k_quant, hqq, or gptq, which needs data. [default: rtn]")
     ] = None,
     sensitive: Annotated[
         str | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +31,15 @@ def export(
     out: Path | str,
     *,
     about: Mapping[str, str] | None = None,
+    calibration: Callable[[], Iterable[Mapping[str, Any]]] | None = None,
     measure: Measure | None = None,
     progress: Callable[[str, int, int | None], object] = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Export a Hugging Face folder into the folder `out` and return its manifest, which lies there as export.json.
 
-    about: what GGUF metadata shall say of it, such as name. measure: a runtime -> figures for the manifest, such as
-    fidelity. progress is told what is being done, how much of it is done, and of how much (None: unknown).
+    about: what GGUF metadata shall say of it, such as name. calibration: gives the batches that gptq rounds on.
+    measure: a runtime -> figures for the manifest, such as fidelity. progress is told what is being done, how much
+    of it is done, and of how much (None: unknown).
     An older artifact in `out` is replaced once the new one is verified. Raises UserError for a model that the format
     cannot hold and for an `out` that holds anything else than an export, CheckFailed where a check fails; then nothing
     is left behind.
@@ -63,7 +65,7 @@ def export(
 
     with alone(out), staged(out) as folder:
         with peak_memory() as memory:
-            extra = {"about": about} if settings.format == "gguf" else {}
+            extra = {"gguf": {"about": about}, "onnx": {"calibration": calibration}}.get(settings.format, {})
             format.write(student, folder, settings, progress=wrote, **extra)
         written = time.monotonic() - started
         progress("verifying", 0, None)

@@ -17,6 +17,7 @@ from compressor.shape import Shape
 
 from . import gguf_tokenizer, read_back, to_bitsandbytes, to_gguf, to_onnx
 from .onnx_traced import layout
+from .rounding import MOVED
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -48,8 +49,9 @@ class Model(NamedTuple):
 class Format:
     """One row.
 
-    write(student, folder, settings, progress=...); models: the weight files of a folder, the one that `open` runs
-    last; sizes: file -> (bytes of weights stored, bytes that arithmetic expects); tolerance: of the logits of `open`
+    write(student, folder, settings, progress=..., and what else the format asks for); models: the weight files of a
+    folder, the one that `open` runs last; sizes: file -> (bytes of weights stored, bytes that arithmetic expects);
+    tolerance: of the logits of `open`
     by precision; own_tokenizers: text -> ids of runtimes that do not read tokenizer.json as transformers does, and
     what to do where they differ (None: the artifact is still right, and tells); check_metadata: raises CheckFailed
     where sizes, rope or tokens kept in the file itself are others; notes: what a user should know of the artifact.
@@ -81,6 +83,7 @@ def _plain(graph: Path, *, exact: bool = False) -> Forward:
 def _onnx_models(student: Path, folder: Path, settings: Settings) -> Iterator[Model]:
     config = read_config(student)
     model = skeleton(student) if to_onnx.is_traced(config) else None
+    moved = MOVED if settings.algorithm == "gptq" else 0
     for precision, path in reversed(to_onnx.graphs(settings).items()):
         graph = folder / path
         runtimes = {"onnxruntime": (partial(_plain, graph), _onnx_tolerance(precision))}
@@ -88,9 +91,10 @@ def _onnx_models(student: Path, folder: Path, settings: Settings) -> Iterator[Mo
             exact = HALF if precision == "q4f16" else EXACT
             runtimes["onnxruntime, activations in float32"] = (partial(_plain, graph, exact=True), exact)
         if model is None:
-            yield Model(path, read_back.onnx_weights(graph, Shape.from_config(config)), runtimes)
+            weights = read_back.onnx_weights(graph, Shape.from_config(config), moved=moved)
+            yield Model(path, weights, runtimes)
         else:
-            yield Model(path, read_back.traced_weights(graph, model), runtimes, required=layout(model))
+            yield Model(path, read_back.traced_weights(graph, model, moved=moved), runtimes, required=layout(model))
 
 
 def _onnx_sizes(student: Path, folder: Path, settings: Settings) -> dict[str, tuple[int, int]]:

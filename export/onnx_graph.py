@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -106,12 +107,14 @@ def write(
     bits: Callable[[str], int | None],
     block: int,
     algorithm: str = "rtn",
+    rounded: Callable[[str], Blocks | None] = lambda name: None,
     data_name: str,
     progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write a graph to `path`, its weights to `data_name` beside it.
 
-    bits: initializer name -> 4 or 8 to round it, None to keep it as it is. `progress` is told weights, not bytes.
+    bits: initializer name -> 4 or 8 to round it, None to keep it as it is; rounded: the same -> its blocks where they
+    are known already. `progress` is told weights, not bytes.
     """
     import onnx_ir as ir
 
@@ -127,7 +130,7 @@ def write(
                 value.replace_all_uses_with(fresh)
                 graph.initializers.add(fresh)
             else:
-                _round(graph, value, data, bits=width, block=block, algorithm=algorithm)
+                _round(graph, value, data, rounded(name), bits=width, block=block, algorithm=algorithm)
             if progress is not None:
                 progress(value.const_value.size)
     graph.sort()
@@ -147,6 +150,23 @@ def _embed_from_rows(graph: Any) -> None:
             columns.outputs[0].dtype = gather.outputs[0].dtype
             _replace(graph, gather, [columns, hidden])
             graph.remove(node, safe=True)
+
+
+def hugging_face_names(name: str, *, tied: bool) -> list[str]:
+    """The parameters that an initializer of the builder's holds, side by side where there are several.
+
+    A parameter's own name stays what it is.
+    """
+    layer = re.fullmatch(r"(model\.layers\.\d+\.)(.+)", name)
+    if layer is None:
+        return [{"lm_head.MatMul.weight": "model.embed_tokens.weight" if tied else "lm_head.weight"}.get(name, name)]
+    prefix, rest = layer.groups()
+    if rest.startswith("final_norm"):
+        return ["model.norm.weight"]
+    rest = re.sub(r"\.(MatMul|Add|layernorm)\.", ".", re.sub(r"^attn\.", "self_attn.", rest))
+    if ".qkv_proj." in rest:
+        return [prefix + rest.replace("qkv_proj", f"{letter}_proj") for letter in "qkv"]
+    return [prefix + rest]
 
 
 def rows_are_outputs(node: Any, weight: Any) -> bool | None:
@@ -175,6 +195,7 @@ def _round(
     graph: Any,
     value: Any,
     data: DataFile,
+    blocks: Blocks | None,
     *,
     bits: int,
     block: int,
@@ -192,7 +213,8 @@ def _round(
     block = fitting_block(block, weight.shape[1])
     if table and algorithm in ASYMMETRIC:  # one table serves lm_head and embedding, which knows no zero points
         algorithm = "search"
-    blocks = round_blocks(weight, bits=bits, block=block, algorithm=algorithm)
+    if blocks is None:
+        blocks = round_blocks(weight, bits=bits, block=block, algorithm=algorithm)
     inputs = [data.add(f"{name}_q{bits}", blocks.packed().numpy())]
     inputs.append(data.add(f"{name}_scales", blocks.scale_NG.to(weight.dtype).numpy()))
     if blocks.zero_NG is not None:

@@ -2,7 +2,7 @@
 
 Each tensor comes under its Hugging Face name, in (out, in) order, with the interval in which the student's weight
 must lie for the stored value to be its rounding. A changed block, a doubled scale or a swapped matrix falls outside.
-The code that wrote is not asked, but for GGUF's names and order of rows, which transformers' own reading guards.
+The code that wrote is not asked, but for the names of tensors and GGUF's order of rows, which logits guard.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from compressor import families
 from compressor.shape import Shape
 
-from .onnx_graph import rows_are_outputs
+from .onnx_graph import hugging_face_names, rows_are_outputs
 from .onnx_traced import JOIN, layout
 
 if TYPE_CHECKING:
@@ -38,19 +38,25 @@ class Read(NamedTuple):
     high: torch.Tensor
 
 
-def onnx_weights(graph_path: Path, shape: Shape) -> Iterator[Read]:
-    """The weights of a graph that onnxruntime-genai's builder built."""
-    for name, tensors in _initializers(graph_path, lambda name: shape.hidden):
-        yield from _named(name, tensors, shape)
+def onnx_weights(graph_path: Path, shape: Shape, *, moved: int = 0) -> Iterator[Read]:
+    """The weights of a graph that onnxruntime-genai's builder built.
+
+    moved: steps that a weight of 4 bits may lie from its nearest, where its rounding made up for others' errors.
+    """
+    for initializer, tensors in _initializers(graph_path, lambda name: shape.hidden, moved=moved):
+        names = hugging_face_names(initializer, tied=shape.tied)
+        rows = [shape.size(families.axes_of(shape, name)[0]) for name in names]
+        for name, *part in zip(names, *(tensor.split(rows) for tensor in tensors), strict=True):
+            yield Read(name, *part)
 
 
-def traced_weights(graph_path: Path, model: Any) -> Iterator[Read]:
+def traced_weights(graph_path: Path, model: Any, *, moved: int = 0) -> Iterator[Read]:
     """The weights of a traced graph, which have their parameters' names; `model`, without weights, has their sizes.
 
     A vector that the tracer left as it is comes too; one that it folded into another has no name any more.
     """
     matrices, parameters = layout(model), dict(model.named_parameters())
-    for joined, tensors in _initializers(graph_path, lambda name: matrices[name].columns):
+    for joined, tensors in _initializers(graph_path, lambda name: matrices[name].columns, moved=moved):
         names = joined.split(JOIN)
         if names[0] not in matrices:
             if joined in parameters:
@@ -61,7 +67,9 @@ def traced_weights(graph_path: Path, model: Any) -> Iterator[Read]:
             yield Read(name, *(tensor.T if matrices[name].turned else tensor for tensor in part))
 
 
-def _initializers(graph_path: Path, table_columns: Callable[[str], int]) -> Iterator[tuple[str, Tensors]]:
+def _initializers(
+    graph_path: Path, table_columns: Callable[[str], int], *, moved: int
+) -> Iterator[tuple[str, Tensors]]:
     """Name -> value, low, high, a matrix as (out, in), of a graph that `onnx_graph.write` wrote.
 
     https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md has the layout of what MatMulNBits
@@ -88,7 +96,7 @@ def _initializers(graph_path: Path, table_columns: Callable[[str], int]) -> Iter
         seen |= {str(value.name) for value in (packed, scales, *zeros)}
         parts = [_array(value) for value in (packed, scales, *zeros)]
         base = re.sub(r"_q\d$", "", str(packed.name))
-        yield base, _blocks(*parts, bits=bits, columns=columns)
+        yield base, _blocks(*parts, bits=bits, columns=columns, moved=moved if bits == 4 else 0)
     for name, value in graph.initializers.items():
         if name in seen or re.search(r"(_cache|/\w+)$", name):  # rope tables, constants of the graph's own
             continue
@@ -109,7 +117,13 @@ def _array(value: Any) -> torch.Tensor:
 
 
 def _blocks(
-    packed_NGB: torch.Tensor, scales_NG: torch.Tensor, zeros: torch.Tensor | None = None, *, bits: int, columns: int
+    packed_NGB: torch.Tensor,
+    scales_NG: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    *,
+    bits: int,
+    columns: int,
+    moved: int,
 ) -> Tensors:
     """Value, low and high (N, K) of a packed matrix."""
     import torch
@@ -127,8 +141,8 @@ def _blocks(
         (scale_NG1 * (q_NGB + shift - zero)).reshape(N, -1)[:, :columns]
         for shift in (
             torch.zeros(()),
-            torch.where(q_NGB == 0, -CLIPPED, -0.5 - SLACK),
-            torch.where(q_NGB == 2**bits - 1, CLIPPED, 0.5 + SLACK),
+            torch.where(q_NGB <= moved, -CLIPPED, -0.5 - SLACK) - moved,
+            torch.where(q_NGB >= 2**bits - 1 - moved, CLIPPED, 0.5 + SLACK) + moved,
         )
     )
     value, one, other = values
@@ -149,25 +163,6 @@ def _floats(values: torch.Tensor) -> Tensors:
         limits = torch.finfo(values.dtype)
         reach = reach + limits.smallest_normal * limits.eps / 2  # half of the smallest subnormal
     return value, value - reach, value + reach
-
-
-def _named(name: str, tensors: Tensors, shape: Shape) -> Iterator[Read]:
-    """One tensor of the builder's under the name or names that Hugging Face has for it."""
-    layer = re.match(r"model\.layers\.(\d+)\.(.+)", name)
-    if layer is None or layer[2].startswith("final_norm"):
-        known = {"lm_head.MatMul.weight": "model.embed_tokens.weight" if shape.tied else "lm_head.weight"}
-        yield Read(known.get(name, name if layer is None else "model.norm.weight"), *tensors)
-        return
-    kind = "bias" if layer[2].endswith("bias") else "weight"
-    module = re.sub(r"\.(MatMul|Add|layernorm)?\.?(weight|bias)$", "", layer[2]).replace("attn.", "self_attn.")
-    prefix = f"model.layers.{layer[1]}."
-    if not module.endswith("qkv_proj"):
-        yield Read(f"{prefix}{module}.{kind}", *tensors)
-        return
-    sizes = [shape.size("heads"), shape.size("kv_heads"), shape.size("kv_heads")]
-    parts = zip("qkv", *(tensor.split(sizes) for tensor in tensors), strict=True)
-    for letter, value, low, high in parts:
-        yield Read(f"{prefix}self_attn.{letter}_proj.{kind}", value, low, high)
 
 
 def gguf_weights(path: Path, shape: Shape) -> Iterator[Read]:

@@ -6,7 +6,7 @@ integer of `bits` bits. Suffixes: N output channels, K input channels, G blocks 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 CHUNK_VALUES = 2**20  # rounded at a time
+MOVED = 2  # steps that gptq may take a weight away from its nearest
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,23 @@ class Blocks:
     scale_NG: torch.Tensor  # float32
     zero_NG: torch.Tensor | None
     bits: int
+
+    @classmethod
+    def joined(cls, parts: Sequence[Blocks]) -> Blocks:
+        """The rows of several symmetric matrices, one after the other."""
+        import torch
+
+        q_NGB, scale_NG = torch.cat([part.q_NGB for part in parts]), torch.cat([part.scale_NG for part in parts])
+        return cls(q_NGB, scale_NG, None, parts[0].bits)
+
+    def cpu(self) -> Blocks:
+        """The same, moved from a GPU."""
+        return Blocks(self.q_NGB.cpu(), self.scale_NG.cpu(), self.zero_NG, self.bits)
+
+    def values(self) -> torch.Tensor:
+        """The weights that these stand for (N, G * B), in float32."""
+        zero: Any = 2 ** (self.bits - 1) if self.zero_NG is None else self.zero_NG.float().unsqueeze(-1)
+        return ((self.q_NGB.float() - zero) * self.scale_NG.unsqueeze(-1)).flatten(1)
 
     def packed(self) -> torch.Tensor:
         """The bytes (N, G, B * bits / 8): two 4-bit values a byte, the earlier one in the low half."""
@@ -85,8 +103,7 @@ def _searched(weight_NGB: torch.Tensor, bits: int) -> Blocks:
 
 
 def _error(blocks: Blocks, weight_NGB: torch.Tensor) -> torch.Tensor:
-    half = 2 ** (blocks.bits - 1)
-    return ((blocks.q_NGB.float() - half) * blocks.scale_NG.unsqueeze(-1) - weight_NGB).square_().sum(-1)
+    return (blocks.values().view_as(weight_NGB) - weight_NGB).square_().sum(-1)
 
 
 def _k_quant(weight_NGB: torch.Tensor, bits: int) -> Blocks:
@@ -128,4 +145,5 @@ ALGORITHMS: dict[str, Callable[[Any, int], Blocks]] = {
     "search": _searched,
     "k_quant": _k_quant,
     "hqq": _hqq,
+    "gptq": _searched,  # of what reads no layer's output: head and embedding; `gptq` itself rounds the layers
 }

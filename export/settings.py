@@ -14,7 +14,7 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "gguf": ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"),
 }
 DEFAULT_PRECISION = {"onnx": "int4", "bitsandbytes": "nf4", "gguf": "q8_0"}
-ALGORITHMS = ("rtn", "search", "k_quant", "hqq")
+ALGORITHMS = ("rtn", "search", "k_quant", "hqq", "gptq")
 BLOCKS = (16, 32, 64, 128, 256)
 SENSITIVE = ("head", "first", "last")
 FLAGS = {"block": "block-size", "tokenizer_pre": "tokenizer-pre"}  # where the option has another name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ from typing import Any
 from compressor import families
 from compressor.checkpoint import copy_tokenizer, read_config, skeleton
 from compressor.checkpoint.writing import copy_files
+from compressor.errors import UserError
 from compressor.run import write_json
 from compressor.shape import Shape
 
-from .onnx_graph import build, fitting_block, write
+from .gptq import round_layers
+from .onnx_graph import build, fitting_block, hugging_face_names, write
 from .onnx_traced import JOIN, layout, trace
-from .rounding import ASYMMETRIC
+from .rounding import ASYMMETRIC, Blocks
 from .settings import Settings
 
+Calibration = Callable[[], Iterable[Mapping[str, Any]]]
 WEB_NAMES = {
     "fp32": "model",
     "fp16": "model_fp16",
@@ -30,13 +34,20 @@ WEB_ALWAYS = ("int4", "q4f16", "int8")  # what a browser asks for: q4, q4f16 on 
 
 
 def write_onnx(
-    student: Path, folder: Path, settings: Settings, *, progress: Callable[[int], object] | None = None
+    student: Path,
+    folder: Path,
+    settings: Settings,
+    *,
+    calibration: Calibration | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write the graph, its weights, genai_config.json, config.json and the tokenizer into `folder`.
 
-    Raises UserError for an architecture that cannot be built.
+    calibration: gives the batches that gptq rounds on. Raises UserError for an architecture that cannot be built, and
+    for gptq without calibration.
     """
     config = read_config(student)
+    known = _rounded_beforehand(student, settings, calibration, progress) if settings.algorithm == "gptq" else {}
     for precision, path in graphs(settings).items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +58,7 @@ def write_onnx(
             bits=_bits_by_name(settings, student, precision),
             block=settings.block,
             algorithm=settings.algorithm,
+            rounded=partial(_from_layers, known, student) if precision in ("int4", "q4f16") else lambda name: None,
             data_name=data_name(target).name,
             progress=progress,
         )
@@ -59,6 +71,34 @@ def write_onnx(
     copy_files(student, folder, ["generation_config.json"])
     copy_tokenizer(student, folder)
     repair_tokenizer(folder)
+
+
+def _rounded_beforehand(
+    student: Path, settings: Settings, calibration: Calibration | None, progress: Callable[[int], object] | None
+) -> dict[str, Blocks]:
+    """Parameter -> its blocks, of the layers that gptq rounds."""
+    if calibration is None:
+        raise UserError("gptq rounds by what text does in the model; expected some; give it with --data")
+    bits = _bits_by_name(settings, student, "int4")
+
+    def block_of(name: str, columns: int) -> int | None:
+        return fitting_block(settings.block, columns) if bits(name) == 4 else None
+
+    return round_layers(student, calibration(), block_of=block_of, progress=progress)
+
+
+def _from_layers(known: Mapping[str, Blocks], student: Path, initializer: str) -> Blocks | None:
+    """The blocks of an initializer, from those of the parameters it holds."""
+    parts = [known.get(name) for name in _parameters(read_config(student), initializer)]
+    found = [part for part in parts if part is not None]
+    return Blocks.joined(found) if found and len(found) == len(parts) else None
+
+
+def _parameters(config: Mapping[str, Any], initializer: str) -> list[str]:
+    """The parameters that an initializer holds."""
+    if is_traced(config):
+        return initializer.split(JOIN)
+    return hugging_face_names(initializer, tied=Shape.from_config(config).tied)
 
 
 def is_traced(config: Mapping[str, Any]) -> bool:
@@ -85,7 +125,7 @@ def data_name(graph: Path) -> Path:
 
 
 def _bits_by_name(settings: Settings, student: Path, precision: str) -> Callable[[str], int | None]:
-    """Initializer -> the bits it is rounded to."""
+    """Initializer, or parameter -> the bits it is rounded to."""
     config = read_config(student)
     if is_traced(config):
         matrices = layout(skeleton(student))
@@ -96,9 +136,11 @@ def _bits_by_name(settings: Settings, student: Path, precision: str) -> Callable
 
         return bits_of_matrix
     shape = Shape.from_config(config)
+    known = {name: axes for name, axes in families.tensors(shape) if len(axes) == 2}
 
-    def bits(name: str) -> int | None:
-        if not name.endswith(("MatMul.weight", "embed_tokens.weight")):
+    def bits(initializer: str) -> int | None:
+        name = hugging_face_names(initializer, tied=shape.tied)[0]
+        if name not in known:
             return None
         return settings.bits(name, layers=shape.num_layers, tied=shape.tied, precision=precision)
 

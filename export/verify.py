@@ -27,8 +27,7 @@ SIZE_TOLERANCE = 0.03
 LENGTHS = ((1, 1), (7, 7), (64, 64), (200, 200), (12, 1), (40, 17))
 SPIKE = 5  # times the tolerance of all tokens: what one token's logits may differ by
 GREEDY_TOKENS = 24
-TIE = 6  # times the RMS error found: how far apart two single logits may be drawn by it
-EQUAL = 1e-3  # of the spread: two logits this near are a tie anyhow
+EQUAL = 1e-3  # of the spread: two logits this near are a tie
 
 
 def verify(student: Path, folder: Path, settings: Settings, format: Format) -> tuple[list[dict[str, Any]], Runtime]:
@@ -51,7 +50,7 @@ def verify(student: Path, folder: Path, settings: Settings, format: Format) -> t
         raise CheckFailed(f"the context is {runtime.context} in the artifact and {reference.context} in the student")
     tolerance = format.tolerance(settings.precision)
     results.append(_logits(name_of(runtime), runtime.cached_logits, reference, tolerance))
-    results.append(_greedy(runtime, reference, results[-1]["error"]))
+    results.append(_greedy(runtime, reference, tolerance))
     return results, runtime
 
 
@@ -173,8 +172,8 @@ def _rms(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _greedy(runtime: Runtime, reference: TorchRuntime, error: float) -> dict[str, Any]:
-    """The same greedy tokens as torch; where two are as good as equal to torch, either is right and the check ends."""
+def _greedy(runtime: Runtime, reference: TorchRuntime, tolerance: float) -> dict[str, Any]:
+    """The same greedy tokens as torch, until the runtime's own logits, within tolerance there, prefer another."""
     prompt = _probe_ids(reference, min(16, reference.context // 2)).tolist()
     count = min(GREEDY_TOKENS, reference.context - len(prompt))
     wanted = list(reference.tokens(prompt, max_new_tokens=count, ignore_eos=True))
@@ -184,12 +183,16 @@ def _greedy(runtime: Runtime, reference: TorchRuntime, error: float) -> dict[str
     for place, (one, two) in enumerate(zip(wanted, found, strict=True)):
         if one == two:
             continue
-        logits = reference.logits(torch.tensor(prompt + wanted[:place]))[-1]
+        context = torch.tensor(prompt + wanted[:place])
+        logits = reference.logits(context)[-1]
+        own = runtime.cached_logits(context, prefill=len(prompt))[-1, : len(logits)]
         gap = float((logits[one] - logits[two]) / logits.std())
-        if gap > max(TIE * error, EQUAL):
+        preferred = float((own[two] - own[one]) / logits.std()) >= -EQUAL
+        if not (preferred and _rms(own - logits) <= SPIKE * tolerance * float(logits.std())):
             raise CheckFailed(
                 f"greedy token {place} is {two} in {name_of(runtime)} and {one} in torch, whose logits tell them "
                 f"apart by {gap:.3g} of their spread"
             )
-        return {"check": "greedy tokens", "detail": f"the same until a tie at token {place}", "tokens": place}
+        detail = f"the same until token {place}, which its logits decide by {gap:.2g} of their spread"
+        return {"check": "greedy tokens", "detail": detail, "tokens": place}
     return {"check": "greedy tokens", "detail": f"{count} of {count} the same", "tokens": count}

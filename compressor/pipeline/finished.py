@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from export import Settings
 
     from ..runtime import Runtime
+
+
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 128, 1024  # that gptq rounds on, as in its paper but for the length
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,22 @@ class Subject:
             return []
         sizes = {"context": min(self.context, runtime.context), "tokens": tokens or self.settings.tokens}
         return text_batches(self.data, runtime.tokenizer, **sizes, **self.section)
+
+    def calibration(self, student: Path) -> Callable[[], Any] | None:
+        """What gives rows of training text to round on, or None without data."""
+        from ..checkpoint import load_tokenizer
+        from ..data import calibration_batches, records, shuffled
+
+        if not self.data:
+            return None
+        source = self.data
+
+        def batches() -> Any:
+            stream = shuffled(records(source, part="train", **self.section), seed=self.seed)
+            context = min(self.context, CALIBRATION_TOKENS)
+            return calibration_batches(stream, load_tokenizer(student), samples=CALIBRATION_ROWS, context=context)
+
+        return batches
 
     def suites(self, names: list[str] | None, tokenizer: Any, *, prompts: int | None) -> dict[str, Any]:
         """Tasks by skill."""
@@ -181,7 +201,8 @@ def export(
             )
 
         chosen = measure if measured else None
-        manifest = exporting.export(student, settings, out, about=about, measure=chosen, progress=advance.of)
+        given = {"about": about, "calibration": subject.calibration(student)}
+        manifest = exporting.export(student, settings, out, **given, measure=chosen, progress=advance.of)
     return {"path": str(out), "manifest": manifest}
 
 
