@@ -81,16 +81,15 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """What would happen: shapes, bytes, memory, time. Needs only the teacher's config."""
-    from rich.console import Console
-
     from . import pipeline
     from .plan import render
+    from .progress import stdout
 
     planned = pipeline.plan(_recipe_values(teacher, target, data, recipe, settings))
     if as_json:
         _print_json(planned.to_dict())
     else:
-        render(planned, Console())
+        render(planned, stdout())
 
 
 @app.command()
@@ -321,7 +320,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         _say(f"error: {' '.join(error.format_message().split()).rstrip('.')}; see compressor --help")
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted; run the same command again to resume")
+        _say("interrupted; the same command again takes a run up where it was, and starts anything else anew")
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,11 +1,19 @@
-"""One progress bar on stderr, with rate and time left; nothing where stderr is not a terminal."""
+"""What a person sees: one progress bar on stderr where that is a terminal, and tables on stdout."""
 
+from __future__ import annotations
+
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .run import RANK
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPED_COLUMNS = 160
 
 
 class Advance:
@@ -34,6 +42,14 @@ class Advance:
         speed = self._bar.tasks[self._task].speed
         if speed:
             self._bar.update(self._task, rate=f"{speed:,.0f} {self._unit}/s")
+
+
+def stdout() -> Console:
+    """A console on stdout; where nobody's terminal has a width, one in which no table is folded."""
+    from rich.console import Console
+
+    plain = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=PIPED_COLUMNS if plain else None)
 
 
 @contextmanager

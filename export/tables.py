@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from compressor.progress import stdout
 from compressor.units import duration, size
 
 
 def render_export(result: dict[str, Any]) -> None:
     """Print {"path", "manifest"}: the checks, the size, and the fidelity where it was measured."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     manifest = result["manifest"]
-    console = Console()
+    console = stdout()
     table = Table(title=Text(f"{manifest['format']}-{manifest['precision']}, verified"), title_justify="left")
     table.add_column("check")
     table.add_column("found")
@@ -65,11 +65,10 @@ def number(value: float | None) -> str:
 
 def render_bench(result: dict[str, Any]) -> None:
     """Print what `bench` found: a column an artifact; budgets, ratios and the best fit below."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = stdout()
     found = result["artifacts"]
     where, method = result["machine"], result["method"]
     title = f"{where['processor']}, {where['threads']} threads, median of {method['repeats']}"

@@ -17,6 +17,7 @@ import torch
 from compressor.checkpoint import load_tokenizer
 from compressor.errors import CheckFailed
 from compressor.runtime import Runtime, TorchRuntime, name_of
+from compressor.units import size
 
 from .formats import Format, Model
 from .probes import CONVERSATIONS, TEXTS
@@ -56,7 +57,7 @@ def verify(student: Path, folder: Path, settings: Settings, format: Format) -> t
 
 def _sizes(student: Path, folder: Path, settings: Settings, format: Format) -> dict[str, Any]:
     """Bytes of weights on disk against arithmetic, file by file."""
-    found = {}
+    found, sizes = {}, []
     for name, (stored, expected) in format.sizes(student, folder, settings).items():
         if abs(stored / expected - 1) > SIZE_TOLERANCE:
             raise CheckFailed(
@@ -64,8 +65,9 @@ def _sizes(student: Path, folder: Path, settings: Settings, format: Format) -> d
                 f"expected them within {SIZE_TOLERANCE:.0%}"
             )
         found[name] = stored / expected
+        sizes.append(f"{name} {size(stored)}")
     worst = max(found.values(), key=lambda ratio: abs(ratio - 1))
-    return {"check": "size", "detail": f"{worst:.4f} of arithmetic", "ratio": worst}
+    return {"check": "size", "detail": f"{', '.join(sizes)}: {worst:.4f} of arithmetic", "ratio": worst}
 
 
 def _weights(reference: TorchRuntime, model: Model) -> dict[str, Any]:

@@ -148,3 +148,12 @@ def test_an_interrupt_is_told_and_is_no_success(monkeypatch, capsys):
     monkeypatch.setattr("compressor.pipeline.plan", interrupted)
     assert run(["plan", "--teacher", "demo", "--target", "50%"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_tables_are_not_folded_where_nobody_has_a_terminal(monkeypatch):
+    from compressor import progress
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert progress.stdout().width == progress.PIPED_COLUMNS
+    monkeypatch.setenv("COLUMNS", "90")
+    assert progress.stdout().width == 90

@@ -677,6 +677,13 @@ def test_two_exports_to_one_place_do_not_meet(student, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_copy_without_its_weights_is_told_by_name(student, tmp_path):
+    export.export(student, export.parse("onnx-fp32"), tmp_path / "a")
+    (tmp_path / "a" / "model.onnx.data").unlink()
+    with pytest.raises(UserError, match=r"a lacks model\.onnx\.data; expected each of the \d+ files"):
+        load(tmp_path / "a")
+
+
 def test_a_missing_tokenizer_is_one_line(student, tmp_path):
     copytree(student, tmp_path / "s")
     (tmp_path / "s" / "tokenizer.json").unlink()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..evaluate import recovery
 from ..evaluate.skills import SKILLS
+from ..progress import stdout
 from ..run import Run, read_json, write_json, write_text
 from ..units import duration, short, size
 
@@ -300,7 +301,6 @@ def render_markdown(report: dict[str, Any]) -> str:
 
 def render_evaluation(evaluation: dict[str, Any]) -> None:
     """Print {"what", "against", "result"}, the outcome of evaluating one model, as a table on stdout."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -311,7 +311,7 @@ def render_evaluation(evaluation: dict[str, Any]) -> None:
     for row in measure_rows([_model(evaluation["result"])]):
         if row[1] != "-":
             table.add_row(*map(Text, row))
-    Console().print(table)
+    stdout().print(table)
 
 
 def kept_lines(kept: dict[str, Any]) -> list[str]:

@@ -6,6 +6,8 @@ judges its exported, quantized copies. A conversation is {"messages": [...], "to
 
 from pathlib import Path
 
+from ..errors import UserError
+from ..run import read_json
 from .face import Runtime, prompt_ids, stop_ids
 from .in_gguf import FILE as GGUF_FILE
 from .in_gguf import LlamaCppRuntime, open_gguf
@@ -31,6 +33,7 @@ def load(what: Path | str, *, batch_size: int = 64, threads: int | None = None) 
     batch_size is torch's, threads the others'. Raises UserError for what cannot be found or opened.
     """
     folder = Path(what)
+    _check_files(folder)
     if (folder / GENAI_CONFIG).is_file():
         return OnnxRuntime(folder, threads=threads)
     if (folder / GGUF_FILE).is_file():
@@ -38,6 +41,18 @@ def load(what: Path | str, *, batch_size: int = 64, threads: int | None = None) 
     from ..checkpoint import resolve
 
     return TorchRuntime(resolve(str(what)), batch_size=batch_size)
+
+
+def _check_files(folder: Path) -> None:
+    """Every file that an artifact's export.json lists is there: a copy without its weights is told by name."""
+    manifest = folder / "export.json"
+    listed = read_json(manifest).get("files", {}) if manifest.is_file() else {}
+    missing = [name for name in listed if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {missing[0]}; expected each of the {len(listed)} files that its export.json lists; copy "
+            "the whole folder, or export it again"
+        )
 
 
 def is_artifact(what: Path | str) -> bool:
