@@ -44,7 +44,7 @@ $(VENV)/llama-cpp: $(VENV)/installed
 	@touch $@
 
 llama-cpp: $(VENV)/llama-cpp
-	$(BIN)/python -m pytest -q -n 2 tests/test_export.py -k gguf
+	$(BIN)/python -m pytest -q -n 2 tests/test_export.py -k "gguf or k_quants or llama_cpp"
 
 web: install
 	$(BIN)/python tests/runtimes/web.py

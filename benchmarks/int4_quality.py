@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what")
     parser.add_argument("--blocks", default="32,64,128")
-    parser.add_argument("--algorithms", default="rtn,search,k_quant,hqq")
+    parser.add_argument("--algorithms", default="rtn,search,k_quant,hqq,gptq")
     parser.add_argument("--sensitive", default="none;head;head,first,last", help="settings, semicolons between")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=20_000)

@@ -171,7 +171,7 @@ def export(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="onnx: fp32, fp16, int8, int4. bitsandbytes: nf4, int8. gguf: f32, f16, bf16, q8_0, ... q4_0. "
+            help="onnx: fp32, fp16, int8, int4. bitsandbytes: nf4, int8. gguf: f16, q8_0, q4_k_m, q4_0, ... "
             "[default: int4, nf4, q8_0]"
         ),
     ] = None,

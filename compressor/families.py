@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 
@@ -123,6 +123,13 @@ def family(model_type: str) -> Family:
             "use a teacher of one of these families, or add a row to compressor/families.py"
         )
     return row
+
+
+def attention_window(config: Any) -> int | None:
+    """Tokens that a layer of a transformers config attends to, where that is less than its context."""
+    window = getattr(config, "sliding_window", None)
+    uses = getattr(config, "use_sliding_window", True)
+    return window if uses and window is not None and window < config.max_position_embeddings else None
 
 
 def rows(shape: Shape) -> Iterator[tuple[Tensor, int]]:

@@ -45,16 +45,14 @@ def export(
     is left behind.
     """
     from .formats import FORMATS
-    from .to_onnx import is_traced
     from .verify import verify
 
     student, out = Path(student), Path(out).resolve()
     _check_place(out, student)
     load_tokenizer(student)  # a missing one is told before gigabytes are written
     checkpoint = Checkpoint(student)
-    if settings.format != "onnx" or not is_traced(checkpoint.config):  # tracing knows families that the table does not
-        checkpoint.check()
     format = FORMATS[settings.format]
+    format.check(checkpoint)
     started = time.monotonic()
     done = 0
 
@@ -65,8 +63,8 @@ def export(
 
     with alone(out), staged(out) as folder:
         with peak_memory() as memory:
-            extra = {"gguf": {"about": about}, "onnx": {"calibration": calibration}}.get(settings.format, {})
-            format.write(student, folder, settings, progress=wrote, **extra)
+            given = {"about": about, "calibration": calibration}
+            format.write(student, folder, settings, progress=wrote, **{key: given[key] for key in format.asks})
         written = time.monotonic() - started
         progress("verifying", 0, None)
         try:

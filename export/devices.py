@@ -188,7 +188,9 @@ def shape_for_estimates(folder: Path | str) -> Shape:
     from transformers import AutoConfig
 
     found: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    heads = found.num_attention_heads
+    heads = getattr(found, "num_attention_heads", None)
+    if heads is None:
+        raise UserError(f"a {found.model_type} model has no attention heads; expected a decoder; bench another model")
     head_dim = getattr(found, "head_dim", None) or found.hidden_size // heads
     return Shape(
         "mistral",  # which lets the hidden size differ from heads times head_dim

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compressor.checkpoint import DTYPES, Checkpoint, load_tokenizer, read_config, skeleton
 from compressor.errors import CheckFailed
+from compressor.families import FAMILIES
 from compressor.runtime import LlamaCppRuntime, OnnxRuntime, TorchRuntime, open_gguf
 from compressor.shape import Shape
 
 from . import gguf_tokenizer, read_back, to_bitsandbytes, to_gguf, to_onnx
-from .onnx_traced import layout
+from .onnx_traced import matrices_of
 from .rounding import MOVED
 from .settings import Settings
 
@@ -49,12 +50,13 @@ class Model(NamedTuple):
 class Format:
     """One row.
 
-    write(student, folder, settings, progress=..., and what else the format asks for); models: the weight files of a
+    write(student, folder, settings, progress=..., and what it `asks` for of about and calibration); check: raises
+    UserError for a checkpoint that the format cannot hold, before anything is written; models: the weight files of a
     folder, the one that `open` runs last; sizes: file -> (bytes of weights stored, bytes that arithmetic expects);
-    tolerance: of the logits of `open`
-    by precision; own_tokenizers: text -> ids of runtimes that do not read tokenizer.json as transformers does, and
-    what to do where they differ (None: the artifact is still right, and tells); check_metadata: raises CheckFailed
-    where sizes, rope or tokens kept in the file itself are others; notes: what a user should know of the artifact.
+    tolerance: of the logits of `open`, by precision; own_tokenizers: text -> ids of runtimes that do not read
+    tokenizer.json as transformers does, and what to do where they differ (None: the artifact is still right, and
+    tells); check_metadata: says what was found, and raises CheckFailed where sizes, rope or tokens kept in the file
+    itself are others; notes: what a user should know of the artifact.
     """
 
     write: Callable[..., None]
@@ -62,12 +64,20 @@ class Format:
     open: Callable[[Path], Runtime]
     sizes: Callable[[Path, Path, Settings], Mapping[str, tuple[int, int]]]
     tolerance: Callable[[str], float]
+    asks: tuple[str, ...] = ()
+    check: Callable[[Checkpoint], None] = Checkpoint.check
     own_tokenizers: Callable[[Path, Settings], dict[str, tuple[Encode, str | None]]] = lambda folder, settings: {}
-    check_metadata: Callable[[Path, Path], None] = lambda student, folder: None
+    check_metadata: Callable[[Path, Path], str | None] = lambda student, folder: None
     notes: Callable[[Path, Settings], list[str]] = lambda student, settings: []
 
 
 # --- onnx -----------------------------------------------------------------------------------------------------------
+
+
+def _check_known(checkpoint: Checkpoint) -> None:
+    """Tensor by tensor for a family of the table; tracing knows others, and loads them itself."""
+    if checkpoint.config["model_type"] in FAMILIES:
+        checkpoint.check()
 
 
 def _onnx_tolerance(precision: str) -> float:
@@ -81,8 +91,7 @@ def _plain(graph: Path, *, exact: bool = False) -> Forward:
 
 
 def _onnx_models(student: Path, folder: Path, settings: Settings) -> Iterator[Model]:
-    config = read_config(student)
-    model = skeleton(student) if to_onnx.is_traced(config) else None
+    model = skeleton(student) if to_onnx.is_traced(student) else None
     moved = MOVED if settings.algorithm == "gptq" else 0
     for precision, path in reversed(to_onnx.graphs(settings).items()):
         graph = folder / path
@@ -91,10 +100,11 @@ def _onnx_models(student: Path, folder: Path, settings: Settings) -> Iterator[Mo
             exact = HALF if precision == "q4f16" else EXACT
             runtimes["onnxruntime, activations in float32"] = (partial(_plain, graph, exact=True), exact)
         if model is None:
-            weights = read_back.onnx_weights(graph, Shape.from_config(config), moved=moved)
-            yield Model(path, weights, runtimes)
+            shape = Shape.from_config(read_config(student))
+            yield Model(path, read_back.onnx_weights(graph, shape, moved=moved), runtimes)
         else:
-            yield Model(path, read_back.traced_weights(graph, model, moved=moved), runtimes, required=layout(model))
+            weights = read_back.traced_weights(graph, model, moved=moved)
+            yield Model(path, weights, runtimes, required=matrices_of(model))
 
 
 def _onnx_sizes(student: Path, folder: Path, settings: Settings) -> dict[str, tuple[int, int]]:
@@ -191,7 +201,7 @@ def _gguf_tokenizer(folder: Path, settings: Settings) -> dict[str, tuple[Encode,
     return {"llama.cpp on normalized text": rule, "llama.cpp": (encode, None)}
 
 
-def _check_gguf_metadata(student: Path, folder: Path) -> None:
+def _check_gguf_metadata(student: Path, folder: Path) -> str:
     """Sizes, rope and tokens are the student's: transformers takes them from config.json, llama.cpp from the file."""
     import gguf
     from transformers import AutoConfig
@@ -206,12 +216,15 @@ def _check_gguf_metadata(student: Path, folder: Path) -> None:
             raise CheckFailed(f"{name}.{key} of the GGUF file is {value}, and {wanted} in the student")
     _check_rope(config, {tensor.name: tensor.data for tensor in reader.tensors}.get("rope_freqs.weight"))
     _check_gguf_tokens(student, folder)
+    return "sizes, rope and every token are the student's"
 
 
 def _expected_metadata(config: Any) -> dict[str, float]:
     """What transformers makes of the student's config.json, under GGUF's names."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
+    rope = config.rope_parameters
+    linear = {"rope.scaling.factor": rope["factor"]} if rope.get("rope_type") == "linear" else {}
+    return linear | {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -222,7 +235,7 @@ def _expected_metadata(config: Any) -> dict[str, float]:
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.dimension_count": head_dim,
-        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "rope.freq_base": rope["rope_theta"],
         "vocab_size": config.vocab_size,
     }
 
@@ -234,7 +247,8 @@ def _check_rope(config: Any, factors: Any) -> None:
 
     if config.rope_parameters.get("rope_type", "default") == "linear":
         return  # a factor of its own, beside the base
-    small = type(config).from_dict(config.to_dict() | {"num_hidden_layers": 1, "layer_types": None, "vocab_size": 8})
+    tiny = {"num_hidden_layers": 1, "layer_types": None, "vocab_size": 8, "pad_token_id": None, "intermediate_size": 8}
+    small = type(config).from_dict(config.to_dict() | tiny)
     wanted = AutoModelForCausalLM.from_config(small).base_model.rotary_emb.inv_freq.numpy()
     plain = config.rope_parameters["rope_theta"] ** -(numpy.arange(len(wanted)) / len(wanted))
     found = plain if factors is None else plain / factors
@@ -283,6 +297,8 @@ def _kept_whole(student: Path, settings: Settings) -> list[str]:
 FORMATS: dict[str, Format] = {
     "onnx": Format(
         write=to_onnx.write_onnx,
+        asks=("calibration",),
+        check=_check_known,
         models=_onnx_models,
         open=OnnxRuntime,
         sizes=_onnx_sizes,
@@ -291,6 +307,7 @@ FORMATS: dict[str, Format] = {
     ),
     "gguf": Format(
         write=to_gguf.write_gguf,
+        asks=("about",),
         models=_gguf_models,
         open=partial(open_gguf, engine="transformers"),
         sizes=_gguf_sizes,

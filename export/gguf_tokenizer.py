@@ -84,8 +84,11 @@ def tokenizer_fields(student: Path, vocab: int, *, pre: str | None = None) -> di
     plain, dressed = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
     fields["tokenizer.ggml.add_bos_token"] = dressed[: -len(plain)] == [tokenizer.bos_token_id]
     fields["tokenizer.ggml.add_eos_token"] = dressed[len(plain) :] == [tokenizer.eos_token_id]
-    if tokenizer.chat_template:
-        fields["tokenizer.chat_template"] = tokenizer.chat_template
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    if template:
+        fields["tokenizer.chat_template"] = template
     return fields
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, as in the paper
+ROOM = 3  # times the model that a GPU must have free
 COLUMNS = 128  # whose errors reach the columns after them at once
 
 
@@ -30,24 +31,30 @@ def round_layers(
     block_of: Callable[[str, int], int | None],
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Blocks]:
-    """Round the linear layers of a model to 4 bits, each on what the rounded ones before it make of the batches.
+    """Round the matrices of a model's layers to 4 bits, each layer on what the rounded ones before it make of text.
 
     batches: {"input_ids", "attention_mask", "position_ids"}, all (B, T). block_of: a weight's name and its K -> the
     block size, None for what stays. Memory: the model in float32, the hidden states of all batches, one layer's
-    Hessians. Raises UserError for a model whose layers cannot be run one by one.
+    Hessians (three copies of the largest in float64), a byte a weight of the result. Raises UserError for a model
+    whose layers cannot be run one by one.
     """
     import torch
     from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
 
     from compressor.checkpoint import load_model
     from compressor.data import hidden_states
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = load_model(student, dtype=torch.float32, device=device)
+    model: Any = load_model(student, dtype=torch.float32, device="cpu")
+    device = _device(model)
+    model.to(device)
     layers = _layers(model)
-    names = {module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+    names = {module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear | Conv1D)}
     calls: dict[Any, list[tuple[Any, ...]]] = {layer: [] for layer in layers}
     hidden, masks, found = [], [], {}
+
+    def oriented(module: Any) -> torch.Tensor:  # (N, K)
+        return module.weight.T if isinstance(module, Conv1D) else module.weight
 
     def watch(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if layer is layers[0]:
@@ -66,11 +73,11 @@ def round_layers(
             wanted = {
                 module: block
                 for module in layer.modules()
-                if module in names and (block := block_of(names[module], module.in_features)) is not None
+                if module in names and (block := block_of(names[module], oriented(module).shape[1])) is not None
             }
             hessians = _hessians(layer, list(wanted), runs, masks)
             for module, block in wanted.items():
-                weight = module.weight
+                weight = oriented(module)
                 blocks = round_on(weight, hessians[module], block=block)
                 found[names[module]] = blocks.cpu()
                 weight.copy_(blocks.values()[:, : weight.shape[1]])
@@ -78,6 +85,15 @@ def round_layers(
                     progress(weight.numel())
             hidden = [_output(layer(h, *args, **kwargs)) for h, args, kwargs in runs]
     return found
+
+
+def _device(model: Any) -> str:
+    """A GPU where it has room for the model, its hidden states and its Hessians."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "cuda" if torch.cuda.mem_get_info()[0] > ROOM * model.get_memory_footprint() else "cpu"
 
 
 def _layers(model: Any) -> list[Any]:

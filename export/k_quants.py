@@ -66,7 +66,12 @@ def _ggml() -> Any:
     spec = find_spec("llama_cpp")
     assert spec is not None
     assert spec.origin is not None
-    library = ctypes.CDLL(str(next((Path(spec.origin).parent / "lib").glob("*ggml-base.*"))))
+    path = next((Path(spec.origin).parent / "lib").glob("*ggml-base.*"), None)
+    if path is None:
+        raise UserError(
+            "this llama-cpp-python has no ggml-base library, which packs k-quants; expected 0.3.36; run make llama-cpp"
+        )
+    library = ctypes.CDLL(str(path))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     arguments = [ctypes.c_int, ctypes.POINTER(ctypes.c_float), pointer, number, number, number, pointer]

@@ -83,10 +83,10 @@ def build(student: Path, *, half: bool = False) -> tuple[onnx_ir.Model, dict[str
         with patch.object(builder.Model, "save_model", keep), contextlib.redirect_stdout(io.StringIO()):  # pyright: ignore
             try:
                 builder.create_model(*where, **builder.parse_extra_options(*where, []))
-            except NotImplementedError as error:
+            except (NotImplementedError, ValueError) as error:
                 raise UserError(
-                    f"onnxruntime-genai's builder does not know this architecture ({error}); expected one of a family "
-                    "it builds, such as Llama, Mistral, Qwen2 or Qwen3"
+                    f"onnxruntime-genai's builder refuses this model ({error}); expected a stock architecture "
+                    "with its rope and end token; check config.json, or export to gguf"
                 ) from error
         genai = json.loads((Path(work) / "genai_config.json").read_text(encoding="utf-8"))
     graph: Any = graphs[0].graph
@@ -113,8 +113,8 @@ def write(
 ) -> None:
     """Write a graph to `path`, its weights to `data_name` beside it.
 
-    bits: initializer name -> 4 or 8 to round it, None to keep it as it is; rounded: the same -> its blocks where they
-    are known already. `progress` is told weights, not bytes.
+    bits: initializer name -> 4 or 8 to round it, None to keep it as it is; rounded: one of 4 bits -> its
+    blocks where they are known already. `progress` is told weights, not bytes.
     """
     import onnx_ir as ir
 
@@ -130,7 +130,8 @@ def write(
                 value.replace_all_uses_with(fresh)
                 graph.initializers.add(fresh)
             else:
-                _round(graph, value, data, rounded(name), bits=width, block=block, algorithm=algorithm)
+                known = rounded(name) if width == 4 else None
+                _round(graph, value, data, known, bits=width, block=block, algorithm=algorithm)
             if progress is not None:
                 progress(value.const_value.size)
     graph.sort()
@@ -182,6 +183,12 @@ def rows_are_outputs(node: Any, weight: Any) -> bool | None:
     return None
 
 
+def orientation(weight: Any) -> bool | None:
+    """`rows_are_outputs` of the nodes that multiply by a matrix or look it up; None where there is none."""
+    found = (rows_are_outputs(node, weight) for node in weight.consumers())
+    return next((rows for rows in found if rows is not None), None)
+
+
 def _replace(graph: onnx_ir.Graph, old: onnx_ir.Node, new: list[onnx_ir.Node]) -> None:
     """Put `new` in the place of `old`; the last one's output takes over its name, type, shape and readers."""
     import onnx_ir as ir
@@ -208,7 +215,7 @@ def _round(
     readers = list(value.consumers())
     table = any(node.op_type == "Gather" for node in readers)
     weight = torch.from_numpy(value.const_value.numpy())
-    if not rows_are_outputs(readers[0], value):
+    if not orientation(value):
         weight = weight.T
     block = fitting_block(block, weight.shape[1])
     if table and algorithm in ASYMMETRIC:  # one table serves lm_head and embedding, which knows no zero points

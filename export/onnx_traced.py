@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import UserError
+from compressor.runtime import stop_ids
 
-from .onnx_graph import logits_in_float32, rows_are_outputs
-from .settings import layer_part
+from .onnx_graph import logits_in_float32, orientation
+from .settings import layer_parts
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -44,13 +45,14 @@ def trace(student: Path, *, half: bool = False) -> tuple[onnx_ir.Model, dict[str
     from transformers.exporters.exporter_onnx import OnnxExporter
     from transformers.exporters.utils import decompose_for_generation
 
-    from compressor.checkpoint import load_model
+    from compressor.checkpoint import load_model, load_tokenizer, read_config
 
-    model: Any = load_model(student, dtype=torch.float16 if half else torch.float32, device="cpu")
-    ids_1T = torch.arange(PROBE_TOKENS).unsqueeze(0) % model.config.vocab_size
-    mask_1T = (torch.arange(PROBE_TOKENS) >= PADDING).long().unsqueeze(0)
     try:
         with _silent():
+            model: Any = load_model(student, dtype=torch.float16 if half else torch.float32, device="cpu")
+            _check_plain(model)
+            ids_1T = torch.arange(PROBE_TOKENS).unsqueeze(0) % model.config.vocab_size
+            mask_1T = (torch.arange(PROBE_TOKENS) >= PADDING).long().unsqueeze(0)
             sample = {"input_ids": ids_1T, "attention_mask": mask_1T}
             stages: Any = decompose_for_generation(model, sample, multi_token_decode=True)
             decoder, inputs = stages["decode"]
@@ -58,19 +60,33 @@ def trace(student: Path, *, half: bool = False) -> tuple[onnx_ir.Model, dict[str
             layers = [(layer.keys, layer.values) for layer in inputs["past_key_values"].layers]
             inputs["past_key_values"] = DynamicCache(layers)
             traced, _ = OnnxExporter().export_program(decoder, inputs, OnnxConfig(dynamic=True, ort_fusions="cpu"))
+        genai = _genai_config(model, traced.graph, load_tokenizer(student))
+    except UserError:
+        raise
     except Exception as error:  # what a tracer raises shares no base class
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"transformers.exporters cannot trace this {model.config.model_type} model ({why}); expected a decoder of "
-            "plain attention layers; export another model"
+            f"transformers.exporters cannot trace this {read_config(student)['model_type']} model ({why}); expected a "
+            "decoder of plain attention layers; export another model"
         ) from error
     _rename(traced.graph)
     parameters = dict(model.named_parameters())
-    _name_weights(traced.graph, {name: found.oriented(parameters[name]) for name, found in layout(model).items()})
+    _name_weights(traced.graph, {name: found.oriented(parameters[name]) for name, found in matrices_of(model).items()})
     if half:
         _norms_in_one_type(traced.graph)
         logits_in_float32(traced.graph)
-    return traced, _genai_config(model, traced.graph)
+    return traced, genai
+
+
+def _check_plain(model: Any) -> None:
+    """Raise UserError for what would stay unrounded and unchecked, such as experts: one tensor of three axes."""
+    deep = next((name for name, parameter in model.named_parameters() if parameter.dim() > 2), None)
+    if deep is not None:
+        raise UserError(
+            f"{deep} has more than two axes; expected linear layers, no experts or convolutions; export another model"
+        )
+    if not getattr(model.config, "max_position_embeddings", None):
+        raise UserError("config.json names no max_position_embeddings; expected a longest context; add it")
 
 
 @contextlib.contextmanager
@@ -89,13 +105,13 @@ def _silent() -> Iterator[None]:
 class Matrix:
     """A parameter that multiplies or is looked up, N x K.
 
-    part: head, first, last or None, as `Settings.bits_of` asks. rounds: False for a table of positions, which no
+    parts: head, first, last, as `Settings.bits_of` asks. rounds: False for a table of positions, which no
     format rounds. turned: the module stores it (K, N).
     """
 
     rows: int
     columns: int
-    part: str | None
+    parts: frozenset[str]
     rounds: bool
     turned: bool
 
@@ -104,7 +120,7 @@ class Matrix:
         return parameter.detach().T if self.turned else parameter.detach()
 
 
-def layout(model: Any) -> dict[str, Matrix]:
+def matrices_of(model: Any) -> dict[str, Matrix]:
     """Parameter name -> its matrix, of a model that may have no weights; a shared parameter comes once."""
     from torch.nn import Embedding, Linear
     from transformers.pytorch_utils import Conv1D
@@ -118,8 +134,10 @@ def layout(model: Any) -> dict[str, Matrix]:
             continue
         turned = isinstance(module, Conv1D)
         rows, columns = reversed(parameter.shape) if turned else parameter.shape
-        part = "head" if parameter is head else layer_part(name, model.config.num_hidden_layers)
-        found[name] = Matrix(rows, columns, part, not isinstance(module, Embedding) or parameter is tokens, turned)
+        parts = {"head"} if parameter is head else layer_parts(name, model.config.num_hidden_layers)
+        found[name] = Matrix(
+            rows, columns, frozenset(parts), not isinstance(module, Embedding) or parameter is tokens, turned
+        )
     return found
 
 
@@ -159,22 +177,24 @@ def _name_weights(graph: Any, known: dict[str, torch.Tensor]) -> None:
     import torch
 
     starts: dict[bytes, list[str]] = {}
+    used: set[str] = set()  # two parameters may be equal
     for name, matrix_NK in known.items():
         starts.setdefault(matrix_NK[0].contiguous().numpy().tobytes(), []).append(name)
     for value in list(graph.initializers.values()):
-        readers = value.consumers()
-        if len(value.shape) != 2 or not any(rows_are_outputs(node, value) is not None for node in readers):
+        oriented = orientation(value)
+        if len(value.shape) != 2 or oriented is None:
             continue
         matrix_NK = torch.from_numpy(value.const_value.numpy())
-        if not rows_are_outputs(readers[0], value):
+        if not oriented:
             matrix_NK = matrix_NK.T
         names, row = [], 0
         while row < len(matrix_NK):
             first = matrix_NK[row].contiguous().numpy().tobytes()
             for name in starts.get(first, ()):
                 rows = len(known[name])
-                if name not in names and matrix_NK[row : row + rows].equal(known[name]):
+                if name not in used and matrix_NK[row : row + rows].equal(known[name]):
                     names.append(name)
+                    used.add(name)
                     row += rows
                     break
             else:
@@ -187,22 +207,22 @@ def _name_weights(graph: Any, known: dict[str, torch.Tensor]) -> None:
         graph.initializers.add(value)
 
 
-def _genai_config(model: Any, graph: Any) -> dict[str, Any]:
+def _genai_config(model: Any, graph: Any, tokenizer: Any) -> dict[str, Any]:
     """What onnxruntime-genai needs to know of a graph. The cache is handed on, not written in place."""
     config, generation = model.config, model.generation_config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in _names(graph.inputs)}
-    stops = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    configured = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    stops = sorted(stop_ids(configured, tokenizer))
     first = generation.bos_token_id if generation.bos_token_id is not None else config.bos_token_id
-    ids = [stops] if isinstance(stops, int) else list(stops or [])
     return {
         "model": {
             "type": "decoder",
             "vocab_size": config.vocab_size,
             "context_length": config.max_position_embeddings,
-            "bos_token_id": first if first is not None else (ids or [0])[0],
-            "eos_token_id": stops if stops is not None else [],
-            "pad_token_id": generation.pad_token_id if generation.pad_token_id is not None else (ids or [0])[0],
+            "bos_token_id": first if first is not None else (stops or [0])[0],
+            "eos_token_id": stops,
+            "pad_token_id": generation.pad_token_id if generation.pad_token_id is not None else (stops or [0])[0],
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": "model.onnx",

@@ -2,7 +2,7 @@
 
 Each tensor comes under its Hugging Face name, in (out, in) order, with the interval in which the student's weight
 must lie for the stored value to be its rounding. A changed block, a doubled scale or a swapped matrix falls outside.
-The code that wrote is not asked, but for the names of tensors and GGUF's order of rows, which logits guard.
+The code that wrote is asked for names and order of rows alone, which the comparison itself and logits guard.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from compressor import families
 from compressor.shape import Shape
 
-from .onnx_graph import hugging_face_names, rows_are_outputs
-from .onnx_traced import JOIN, layout
+from .onnx_graph import hugging_face_names, orientation
+from .onnx_traced import JOIN, matrices_of
+from .settings import in_layers
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ def traced_weights(graph_path: Path, model: Any, *, moved: int = 0) -> Iterator[
 
     A vector that the tracer left as it is comes too; one that it folded into another has no name any more.
     """
-    matrices, parameters = layout(model), dict(model.named_parameters())
+    matrices, parameters = matrices_of(model), dict(model.named_parameters())
     for joined, tensors in _initializers(graph_path, lambda name: matrices[name].columns, moved=moved):
         names = joined.split(JOIN)
         if names[0] not in matrices:
@@ -96,15 +97,14 @@ def _initializers(
         seen |= {str(value.name) for value in (packed, scales, *zeros)}
         parts = [_array(value) for value in (packed, scales, *zeros)]
         base = re.sub(r"_q\d$", "", str(packed.name))
-        yield base, _blocks(*parts, bits=bits, columns=columns, moved=moved if bits == 4 else 0)
+        yield base, _blocks(*parts, bits=bits, columns=columns, moved=moved if bits == 4 and in_layers(base) else 0)
     for name, value in graph.initializers.items():
         if name in seen or re.search(r"(_cache|/\w+)$", name):  # rope tables, constants of the graph's own
             continue
         if not value.dtype.is_floating_point():
             continue
         array = _array(value)
-        reader = next(iter(value.consumers()), None)
-        if array.dim() == 2 and reader is not None and not rows_are_outputs(reader, value):
+        if array.dim() == 2 and orientation(value) is False:
             array = array.T
         yield name, _floats(array)
 

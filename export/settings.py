@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from compressor.errors import UserError
+
+from .rounding import ALGORITHMS
 
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16", "int8", "int4"),
@@ -14,7 +17,6 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "gguf": ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"),
 }
 DEFAULT_PRECISION = {"onnx": "int4", "bitsandbytes": "nf4", "gguf": "q8_0"}
-ALGORITHMS = ("rtn", "search", "k_quant", "hqq", "gptq")
 BLOCKS = (16, 32, 64, 128, 256)
 SENSITIVE = ("head", "first", "last")
 FLAGS = {"block": "block-size", "tokenizer_pre": "tokenizer-pre"}  # where the option has another name
@@ -39,7 +41,7 @@ class Settings:
         _known("format", self.format, tuple(PRECISIONS))
         _known(f"precision of {self.format}", self.precision, PRECISIONS[self.format])
         _known("block size", self.block, BLOCKS)
-        _known("algorithm", self.algorithm, ALGORITHMS)
+        _known("algorithm", self.algorithm, tuple(ALGORITHMS))
         for part in self.sensitive:
             _known("sensitive part", part, SENSITIVE)
 
@@ -64,26 +66,29 @@ class Settings:
             return ("block", "algorithm", "sensitive", "web")
         return ("block", "web") if self.precision == "int8" else ("web",)
 
-    def bits(self, name: str, *, layers: int, tied: bool, precision: str | None = None) -> int | None:
-        """The width of a matrix in an ONNX graph, by its Hugging Face or builder name; None in floating point."""
-        part = layer_part(name, layers)
-        if name.startswith("lm_head") or (tied and "embed_tokens" in name):
-            part = "head"
-        return self.bits_of(part, precision or self.precision)
+    def bits(self, name: str, *, layers: int, tied: bool, precision: str) -> int | None:
+        """The width of a matrix in an ONNX graph, by its Hugging Face name; None in floating point."""
+        head = name.startswith("lm_head") or (tied and "embed_tokens" in name)
+        return self.bits_of({"head"} if head else layer_parts(name, layers), precision)
 
-    def bits_of(self, part: str | None, precision: str) -> int | None:
-        """The width of the matrices of a part: head, first, last, or None for any other."""
+    def bits_of(self, parts: Collection[str], precision: str) -> int | None:
+        """The width of a matrix that belongs to `parts`: head, first, last, or none of them."""
         if precision == "int8":
             return 8
         if precision not in ("int4", "q4f16"):
             return None
-        return 8 if part in self.sensitive else 4
+        return 8 if set(parts) & set(self.sensitive) else 4
 
 
-def layer_part(name: str, layers: int) -> str | None:
-    """first or last where a tensor's name tells of that layer."""
+def layer_parts(name: str, layers: int) -> set[str]:
+    """first and last, where a tensor's name tells of that layer."""
     found = re.search(r"\.(\d+)\.", name)
-    return {0: "first", layers - 1: "last"}.get(int(found[1])) if found else None
+    return {part for part, layer in (("first", 0), ("last", layers - 1)) if found and int(found[1]) == layer}
+
+
+def in_layers(name: str) -> bool:
+    """Whether a tensor belongs to a layer, by its name."""
+    return re.search(r"\.\d+\.", name) is not None
 
 
 def settings_of(format: str, precision: str | None = None, **dials: Any) -> Settings:

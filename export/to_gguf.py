@@ -56,7 +56,7 @@ def write_gguf(
     checkpoint = Checkpoint(student)
     shape = checkpoint.shape
     config: Any = AutoConfig.from_pretrained(student, local_files_only=True)
-    _check_window(config.to_dict())
+    _check_window(config)
     names, tensors = tensor_names(shape), layout(shape, settings.precision)
     writer = gguf.GGUFWriter(folder / FILE, architecture(shape), use_temp_file=False)
     try:
@@ -219,10 +219,9 @@ def _rope_factors(config: Any) -> Any:
     return (plain / scaled).float().numpy()
 
 
-def _check_window(config: Mapping[str, Any]) -> None:
-    window = config.get("sliding_window")
-    uses = config.get("use_sliding_window", config["model_type"] == "mistral")
-    if uses and window is not None and window < config["max_position_embeddings"]:
+def _check_window(config: Any) -> None:
+    window = families.attention_window(config)
+    if window is not None:
         raise UserError(
             f"this model attends to a window of {window} tokens, for which llama.cpp has no graph in this family; "
             f"expected full attention; set sliding_window to null if {window} tokens of context are enough"

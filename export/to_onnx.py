@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from compressor import families
-from compressor.checkpoint import copy_tokenizer, read_config, skeleton
-from compressor.checkpoint.writing import copy_files
+from compressor.checkpoint import copy_files, copy_tokenizer, read_config, skeleton
 from compressor.errors import UserError
 from compressor.run import write_json
 from compressor.shape import Shape
 
 from .gptq import round_layers
 from .onnx_graph import build, fitting_block, hugging_face_names, write
-from .onnx_traced import JOIN, layout, trace
+from .onnx_traced import JOIN, matrices_of, trace
 from .rounding import ASYMMETRIC, Blocks
-from .settings import Settings
+from .settings import Settings, in_layers
 
 Calibration = Callable[[], Iterable[Mapping[str, Any]]]
 WEB_NAMES = {
@@ -51,7 +50,7 @@ def write_onnx(
     for precision, path in graphs(settings).items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        model, genai = (trace if is_traced(config) else build)(student, half=is_half(precision))
+        model, genai = (trace if is_traced(student) else build)(student, half=is_half(precision))
         write(
             model,
             target,
@@ -89,21 +88,27 @@ def _rounded_beforehand(
 
 def _from_layers(known: Mapping[str, Blocks], student: Path, initializer: str) -> Blocks | None:
     """The blocks of an initializer, from those of the parameters it holds."""
-    parts = [known.get(name) for name in _parameters(read_config(student), initializer)]
-    found = [part for part in parts if part is not None]
-    return Blocks.joined(found) if found and len(found) == len(parts) else None
+    names = initializer.split(JOIN)
+    if not is_traced(student):
+        names = hugging_face_names(initializer, tied=Shape.from_config(read_config(student)).tied)
+    if known and in_layers(names[0]):
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise UserError(f"gptq came to no {missing[0]}; expected a linear layer; choose another --algorithm")
+        return Blocks.joined([known[name] for name in names])
+    return None
 
 
-def _parameters(config: Mapping[str, Any], initializer: str) -> list[str]:
-    """The parameters that an initializer holds."""
-    if is_traced(config):
-        return initializer.split(JOIN)
-    return hugging_face_names(initializer, tied=Shape.from_config(config).tied)
+@cache
+def is_traced(student: Path) -> bool:
+    """Whether transformers.exporters trace a model: `families` has no row, or it attends to a window.
 
+    onnxruntime-genai's builder, which builds the others, leaves Mistral's window out.
+    """
+    from transformers import AutoConfig
 
-def is_traced(config: Mapping[str, Any]) -> bool:
-    """Whether transformers.exporters trace a model, where `families` has no row; else the builder builds it."""
-    return config["model_type"] not in families.FAMILIES
+    config = AutoConfig.from_pretrained(student, local_files_only=True)
+    return config.model_type not in families.FAMILIES or families.attention_window(config) is not None
 
 
 def is_half(precision: str) -> bool:
@@ -126,16 +131,15 @@ def data_name(graph: Path) -> Path:
 
 def _bits_by_name(settings: Settings, student: Path, precision: str) -> Callable[[str], int | None]:
     """Initializer, or parameter -> the bits it is rounded to."""
-    config = read_config(student)
-    if is_traced(config):
-        matrices = layout(skeleton(student))
+    if is_traced(student):
+        matrices = matrices_of(skeleton(student))
 
         def bits_of_matrix(name: str) -> int | None:
             first = matrices.get(name.split(JOIN)[0])
-            return settings.bits_of(first.part, precision) if first and first.rounds else None
+            return settings.bits_of(first.parts, precision) if first and first.rounds else None
 
         return bits_of_matrix
-    shape = Shape.from_config(config)
+    shape = Shape.from_config(read_config(student))
     known = {name: axes for name, axes in families.tensors(shape) if len(axes) == 2}
 
     def bits(initializer: str) -> int | None:
@@ -168,19 +172,18 @@ def _tensors(student: Path, settings: Settings, precision: str) -> Iterator[tupl
     """Sizes, bits and whether it is an embedding, of every tensor that a graph holds."""
     from transformers import AutoConfig
 
-    config = read_config(student)
-    if is_traced(config):
+    if is_traced(student):
         model: Any = skeleton(student)
-        matrices, tokens = layout(model), model.get_input_embeddings().weight
+        matrices, tokens = matrices_of(model), model.get_input_embeddings().weight
         for name, parameter in model.named_parameters():
             found = matrices.get(name)
             if found is None:
                 yield tuple(parameter.shape), None, False
             else:
-                bits = settings.bits_of(found.part, precision) if found.rounds else None
+                bits = settings.bits_of(found.parts, precision) if found.rounds else None
                 yield (found.rows, found.columns), bits, parameter is tokens
         return
-    shape = Shape.from_config(config)
+    shape = Shape.from_config(read_config(student))
     positions = AutoConfig.from_pretrained(student, local_files_only=True).max_position_embeddings
     yield (positions, shape.head_dim), None, False  # rope: a cosine and a sine for every second channel
     for name, axes in families.tensors(shape):

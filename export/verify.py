@@ -16,6 +16,7 @@ import torch
 
 from compressor.checkpoint import load_tokenizer
 from compressor.errors import CheckFailed
+from compressor.families import attention_window
 from compressor.runtime import Runtime, TorchRuntime, name_of
 from compressor.units import size
 
@@ -28,7 +29,9 @@ SIZE_TOLERANCE = 0.03
 LENGTHS = ((1, 1), (7, 7), (64, 64), (200, 200), (12, 1), (40, 17))
 SPIKE = 5  # times the tolerance of all tokens: what one token's logits may differ by
 GREEDY_TOKENS = 24
+TIE = 10  # times the RMS error of a token's logits: how far two of them may be drawn apart by it
 EQUAL = 1e-3  # of the spread: two logits this near are a tie
+LONGEST = 1024  # tokens whose logits are compared
 
 
 def verify(student: Path, folder: Path, settings: Settings, format: Format) -> tuple[list[dict[str, Any]], Runtime]:
@@ -38,21 +41,41 @@ def verify(student: Path, folder: Path, settings: Settings, format: Format) -> t
     """
     reference = TorchRuntime(student, dtype=torch.float32, device="cpu")
     results = [_sizes(student, folder, settings, format)]
-    format.check_metadata(student, folder)
+    described = format.check_metadata(student, folder)
+    results += [{"check": "metadata", "detail": described}] if described else []
+    lengths = LENGTHS + _past_window(reference, results)
     for number, model in enumerate(format.models(student, folder, settings)):
         if number:  # the one before holds the weights of another file
+            del reference
             reference = TorchRuntime(student, dtype=torch.float32, device="cpu")
         results.append(_weights(reference, model))
         for name, (start, tolerance) in model.runtimes.items():
-            results.append(_logits(f"{model.name} in {name}", start(), reference, tolerance))
+            results.append(_logits(f"{model.name} in {name}", start(), reference, tolerance, lengths))
     results += [_tokenizer(folder, reference, settings, format), _template(folder, reference)]
     runtime = format.open(folder)
     if runtime.context != reference.context:
         raise CheckFailed(f"the context is {runtime.context} in the artifact and {reference.context} in the student")
+    if runtime.stops != reference.stops:
+        raise CheckFailed(
+            f"an answer ends at {sorted(runtime.stops)} in the artifact, {sorted(reference.stops)} in the student"
+        )
     tolerance = format.tolerance(settings.precision)
-    results.append(_logits(name_of(runtime), runtime.cached_logits, reference, tolerance))
+    results.append(_logits(name_of(runtime), runtime.cached_logits, reference, tolerance, lengths))
     results.append(_greedy(runtime, reference, tolerance))
     return results, runtime
+
+
+def _past_window(reference: TorchRuntime, results: list[dict[str, Any]]) -> tuple[tuple[int, int], ...]:
+    """A length beyond the window of attention, where there is one; told where it is too long to be checked."""
+    window = attention_window(reference.model.config)
+    if window is None:
+        return ()
+    length = min(window + 16, reference.context - 1)
+    if length <= LONGEST:
+        return ((length, length), (length, window // 2))
+    words = f"attention beyond its window of {window} tokens was not compared: that takes more than {LONGEST} tokens"
+    results.append({"check": "window", "detail": "not compared", "warning": words})
+    return ()
 
 
 def _sizes(student: Path, folder: Path, settings: Settings, format: Format) -> dict[str, Any]:
@@ -145,11 +168,15 @@ def _probe_ids(reference: TorchRuntime, count: int) -> torch.Tensor:
 
 
 def _logits(
-    name: str, forward: Callable[..., torch.Tensor], reference: TorchRuntime, tolerance: float
+    name: str,
+    forward: Callable[..., torch.Tensor],
+    reference: TorchRuntime,
+    tolerance: float,
+    lengths: tuple[tuple[int, int], ...],
 ) -> dict[str, Any]:
     """Logits of whole prompts and of steps from the KV cache against torch, at several lengths."""
     worst = 0.0
-    for length, prefill in LENGTHS:
+    for length, prefill in lengths:
         length = min(length, reference.context - 1)
         prefill = min(prefill, length)
         ids = _probe_ids(reference, length)
@@ -190,7 +217,8 @@ def _greedy(runtime: Runtime, reference: TorchRuntime, tolerance: float) -> dict
         own = runtime.cached_logits(context, prefill=len(prompt))[-1, : len(logits)]
         gap = float((logits[one] - logits[two]) / logits.std())
         preferred = float((own[two] - own[one]) / logits.std()) >= -EQUAL
-        if not (preferred and _rms(own - logits) <= SPIKE * tolerance * float(logits.std())):
+        error = _rms(own - logits) / float(logits.std())
+        if not (preferred and error <= SPIKE * tolerance and gap <= max(TIE * error, EQUAL)):
             raise CheckFailed(
                 f"greedy token {place} is {two} in {name_of(runtime)} and {one} in torch, whose logits tell them "
                 f"apart by {gap:.3g} of their spread"

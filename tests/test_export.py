@@ -21,7 +21,7 @@ from compressor.errors import CheckFailed, UserError
 from compressor.evaluate.skills import SKILLS
 from compressor.runtime import LlamaCppRuntime, OnnxRuntime, Runtime, load
 from compressor.surgery import Kept, prune
-from export import Settings, formats, gguf_tokenizer, gptq, k_quants, read_back, to_bitsandbytes, to_gguf
+from export import Settings, formats, gguf_tokenizer, gptq, k_quants, read_back, to_bitsandbytes, to_gguf, to_onnx
 from export.formats import FORMATS
 from export.probes import TEXTS
 from export.rounding import ALGORITHMS, MOVED, round_blocks
@@ -157,11 +157,68 @@ def test_float16_traces_keep_rope_and_norms_in_order(tmp_path):
     check(student, tmp_path / "a", written(student, tmp_path / "a", "onnx-fp16"))
 
 
-def test_what_cannot_be_traced_is_one_line(tmp_path):
-    student = save_tiny(tmp_path / "student", "mamba", state_size=4, num_hidden_layers=2)
-    with pytest.raises(UserError, match=r"transformers\.exporters cannot trace this mamba model"):
+def test_a_window_of_attention_is_not_lost_in_onnx(tmp_path, monkeypatch):
+    """The builder would lose it: Mistral's config has no layer_types, which it goes by."""
+    student = tiny(tmp_path / "student", "mistral", sliding_window=16, num_hidden_layers=2)
+    export.export(student, export.parse("onnx-int4"), tmp_path / "a")
+    monkeypatch.setattr(to_onnx, "is_traced", lambda student: False)
+    with pytest.raises(CheckFailed, match=r"logits of model\.onnx in onnxruntime differ from torch"):
+        export.export(student, export.parse("onnx-int4"), tmp_path / "b")
+
+
+@pytest.mark.parametrize("web", [False, True])
+def test_gptq_rounds_what_is_traced_too(traced, tmp_path, web):
+    student, _, settings = traced
+    settings = replace(settings, algorithm="gptq", web=web)
+    export.export(student, settings, tmp_path / "a", calibration=batches)
+
+
+ODD = {
+    "mamba": (
+        {"state_size": 4, "num_hidden_layers": 2},
+        "has more than two axes; expected linear layers, no experts or conv",
+    ),
+    "mixtral": ({"num_local_experts": 2}, "has more than two axes; expected linear layers, no experts"),
+    "bloom": ({"n_head": 4, "max_position_embeddings": None}, "names no max_position_embeddings"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_cannot_be_traced_is_one_line(tmp_path, name):
+    sizes, message = ODD[name]
+    student = save_tiny(tmp_path / "student", name, **(SIZES | sizes))
+    with pytest.raises(UserError, match=message):
         export.export(student, export.parse("onnx-fp32"), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_what_is_no_decoder_is_one_line(student, tmp_path):
+    copytree(student, tmp_path / "t5")
+    (tmp_path / "t5" / "config.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 264, "d_model": 32}))
+    with pytest.raises(UserError, match="cannot trace this t5 model"):
+        export.export(tmp_path / "t5", export.parse("onnx-fp32"), tmp_path / "a")
+
+
+def test_a_padding_token_far_into_the_vocabulary_goes_into_gguf(tmp_path):
+    student = tiny(tmp_path / "student", pad_token_id=200)
+    check(student, tmp_path / "a", written(student, tmp_path / "a", "gguf-f32"))
+
+
+def test_the_only_layer_is_the_first_and_the_last():
+    settings = replace(export.parse("onnx-int4"), sensitive=("first",))
+    sizes: dict[str, Any] = {"tied": True, "precision": "int4"}
+    assert settings.bits("model.layers.0.mlp.up_proj.weight", layers=1, **sizes) == 8
+    assert settings.bits("model.layers.1.mlp.up_proj.weight", layers=2, **sizes) == 4
+
+
+def test_an_answer_that_ends_elsewhere_is_caught(student, tmp_path):
+    settings = written(student, tmp_path / "a", "onnx-int4")
+    path = tmp_path / "a" / "genai_config.json"
+    config = json.loads(path.read_text())
+    config["model"]["eos_token_id"] = [1, 77]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckFailed, match=r"an answer ends at \[1, 77\] in the artifact, \[1\] in the student"):
+        check(student, tmp_path / "a", settings)
 
 
 @needs_llama_cpp
@@ -506,6 +563,22 @@ def gguf_offset(path: Path, tensor: str) -> int:
     return int(next(found for found in gguf.GGUFReader(path).tensors if found.name == tensor).data_offset)
 
 
+@needs_llama_cpp
+@pytest.mark.parametrize("part", ["weights", "scales"])
+@pytest.mark.parametrize(("precision", "scale"), [("q4_k_m", 0), ("q5_k_m", 0), ("q6_k", 208)])
+def test_a_changed_k_quant_is_caught(tmp_path, precision, scale, part):
+    student = tiny(tmp_path / "student", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    settings = written(student, tmp_path / "a", f"gguf-{precision}")
+    path = tmp_path / "a" / "model.gguf"
+    offset = gguf_offset(path, "blk.1.ffn_up.weight")
+    if part == "scales":
+        edit(path, offset + scale, lambda data: doubled("<f2")(data[:2]) + data[2:])
+    else:
+        edit(path, offset + 20, another_block)
+    with pytest.raises(CheckFailed, match="more than rounding explains"):
+        check(student, tmp_path / "a", settings)
+
+
 @pytest.mark.parametrize("name", ["gguf-f16", "gguf-q8_0", "gguf-q4_0", "gguf-q4_1", "gguf-q5_0", "gguf-q5_1"])
 @pytest.mark.parametrize("part", ["weights", "scales"])
 def test_a_changed_gguf_file_is_caught(student, tmp_path, name, part):
@@ -821,7 +894,7 @@ def test_an_architecture_the_builder_does_not_know_is_one_line(student, tmp_path
     copytree(student, tmp_path / "other")
     path = tmp_path / "other" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["LlamaForSomethingElse"]}))
-    with pytest.raises(UserError, match="builder does not know this architecture"):
+    with pytest.raises(UserError, match="builder refuses this model"):
         export.export(tmp_path / "other", export.parse("onnx-fp32"), tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

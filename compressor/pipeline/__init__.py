@@ -2,7 +2,8 @@
 
 Each stage (`stages`) loads what it needs from the run folder, calls one room of the house, saves, and is marked done; a
 stage that is marked is never run again, so running the same command again resumes. The rooms know nothing of each
-other: they meet here, through values and files. What is done with a finished run is in `finished`.
+other: they meet here, through values and files. What is done with a finished run is in `finished`; `subject` says what
+is judged or exported, and how.
 """
 
 from __future__ import annotations

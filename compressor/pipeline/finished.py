@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,99 +9,11 @@ from .. import recipe as recipes
 from ..errors import CheckFailed, UserError
 from ..progress import progress
 from ..run import Run, read_json
-from .stages import Say, hush, public_name, quiet, ship, suites_of
+from .stages import Say, hush, public_name, quiet, ship
+from .subject import Subject, ended
 
 if TYPE_CHECKING:
     from export import Settings
-
-    from ..runtime import Runtime
-
-
-CALIBRATION_ROWS, CALIBRATION_TOKENS = 128, 1024  # that gptq rounds on, as in its paper but for the length
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is to be judged or exported, and how: a run folder brings its own teacher, data, settings and seed."""
-
-    model: str
-    run: Run | None
-    against: str | None
-    data: str | None
-    seed: int
-    settings: recipes.Evaluate
-    context: int
-    section: dict[str, Any]
-
-    @classmethod
-    def of(cls, what: str, *, against: str | None = None, data: str | None = None, seed: int | None = None) -> Subject:
-        """A run folder means its student; an artifact in a run's export folder belongs to the run; else any model.
-
-        Raises UserError for a run that is not finished.
-        """
-        from ..plan import hub_name
-
-        settings = recipes.Evaluate()  # pyright: ignore[reportCallIssue] - every field has a default
-        folder = Path(what)
-        home = folder
-        if folder.is_dir() and folder.absolute().parent.name == "export":
-            home = folder.absolute().parent.parent
-        if not (home / "run.json").exists():
-            data = data or ("demo" if "demo" in (what, against) else None)
-            return cls(hub_name(what), None, against, data, seed or 0, settings, 1024, {})
-        run = Run(home)
-        model = str(_finished(run).student) if home == folder else what
-        recipe = recipes.build(recipes.load_values(str(run.recipe)), origin=str(run.recipe))
-        section = {"split": recipe.data.split, "fraction": recipe.data.heldout_fraction, "seed": recipe.seed}
-        return cls(
-            model,
-            run,
-            against or recipe.teacher,
-            data or recipe.data.source,
-            recipe.seed if seed is None else seed,
-            recipe.evaluate,
-            recipe.data.context,
-            section,
-        )
-
-    def heldout(self, runtime: Runtime, *, tokens: int | None) -> list[Any]:
-        """Rows of held-out text, none without data."""
-        from ..data import text_batches
-
-        if not self.data:
-            return []
-        sizes = {"context": min(self.context, runtime.context), "tokens": tokens or self.settings.tokens}
-        return text_batches(self.data, runtime.tokenizer, **sizes, **self.section)
-
-    def calibration(self, student: Path) -> Callable[[], Any] | None:
-        """What gives rows of training text to round on, or None without data."""
-        from ..checkpoint import load_tokenizer
-        from ..data import calibration_batches, records, shuffled
-
-        if not self.data:
-            return None
-        source = self.data
-
-        def batches() -> Any:
-            stream = shuffled(records(source, part="train", **self.section), seed=self.seed)
-            context = min(self.context, CALIBRATION_TOKENS)
-            return calibration_batches(stream, load_tokenizer(student), samples=CALIBRATION_ROWS, context=context)
-
-        return batches
-
-    def suites(self, names: list[str] | None, tokenizer: Any, *, prompts: int | None) -> dict[str, Any]:
-        """Tasks by skill."""
-        return suites_of(names, tokenizer, prompts=prompts or self.settings.prompts, seed=self.seed)
-
-    def teacher(self) -> Runtime | None:
-        """The model to compare with, loaded."""
-        from ..checkpoint import resolve
-        from ..plan import hub_name
-        from ..runtime import TorchRuntime
-
-        if not self.against:
-            return None
-        return TorchRuntime(resolve(hub_name(self.against)), batch_size=self.settings.batch_size)
 
 
 def evaluate(
@@ -168,11 +78,9 @@ def export(
     Raises UserError for what cannot be exported, CheckFailed where the artifact is not the student.
     """
     import export as exporting
-    from export.fidelity import fidelity
 
     from ..checkpoint import resolve
     from ..plan import hub_name
-    from ..runtime import TorchRuntime
 
     hush()
     subject = Subject.of(what, against=against, data=data)
@@ -186,21 +94,7 @@ def export(
     if subject.against:
         about["description"] = f"distilled from {public_name(hub_name(subject.against))}"
     with progress(f"export {settings.name}") as advance:
-
-        def measure(runtime: Runtime) -> dict[str, Any]:  # loads its references only once there is something to measure
-            reference = TorchRuntime(student, batch_size=subject.settings.batch_size)
-            return fidelity(
-                runtime,
-                student=reference,
-                teacher=subject.teacher(),
-                heldout=subject.heldout(reference, tokens=tokens),
-                suites=subject.suites(None, reference.tokenizer, prompts=prompts),
-                max_new_tokens=subject.settings.max_new_tokens,
-                seed=subject.seed,
-                progress=advance.of,
-            )
-
-        chosen = measure if measured else None
+        chosen = subject.judged(student, advance.of, prompts=prompts, tokens=tokens) if measured else None
         given = {"about": about, "calibration": subject.calibration(student)}
         manifest = exporting.export(student, settings, out, **given, measure=chosen, progress=advance.of)
     return {"path": str(out), "manifest": manifest}
@@ -267,7 +161,7 @@ def package(run_folder: Path | str, *, push: str | None = None, say: Say = quiet
     from ..package import CHECKSUMS, check_checksums
     from ..package import push as upload
 
-    run = _finished(Run(run_folder))
+    run = ended(Run(run_folder))
     recipe = recipes.build(recipes.load_values(str(run.recipe)), origin=str(run.recipe))
     status = (run.done("distill") or {})["status"]
     if push and status != "ok":
@@ -278,9 +172,3 @@ def package(run_folder: Path | str, *, push: str | None = None, say: Say = quiet
         say(f"{files} files in {run.student} match {CHECKSUMS}")
         url = upload(run.student, push) if push else None
     return {"folder": str(run.student), "files": files, "url": url}
-
-
-def _finished(run: Run) -> Run:
-    if run.done("report") is None:
-        raise UserError(f"{run.folder} holds no finished run; expected one; run compressor distill --out {run.folder}")
-    return run

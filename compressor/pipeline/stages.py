@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from ..errors import CheckFailed, UserError
 from ..progress import progress
 from ..run import RANK, Run, staged, write_json
 from ..shape import Shape
+from .subject import Subject, suites_of
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -245,6 +246,7 @@ def export_all(job: Job) -> str:
     from ..plan import hub_name
 
     settings = job.recipe.export
+    subject = Subject.of_run(job.run, str(job.run.student))
     found = []
     for text in settings.formats:
         one = export.parse(text)
@@ -257,7 +259,7 @@ def export_all(job: Job) -> str:
         entry: dict[str, Any] = {"format": one.format, "precision": one.precision, "path": None}
         try:
             with progress(f"export {one.name}") as advance:
-                measure = partial(_judged, job, progress=advance.of)
+                measure = subject.judged(job.run.student, advance.of)
                 manifest = export.export(job.run.student, one, out, about=about, measure=measure, progress=advance.of)
             timed = export.bench([str(out)], on=settings.device)["artifacts"][0]
             entry = export.record(manifest, timed, path=str(out.relative_to(job.run.folder)))
@@ -269,27 +271,6 @@ def export_all(job: Job) -> str:
             job.say(f"            warning: {warning}")
     write_json(job.run.exports, found)
     return f"{sum(bool(one['path']) for one in found)} of {len(found)} verified and kept"
-
-
-def _judged(job: Job, runtime: Any, *, progress: Callable[[str, int, int | None], None]) -> dict[str, Any]:
-    """An artifact's fidelity to student and teacher, which are loaded for as long as it takes."""
-    from export.fidelity import fidelity
-
-    from ..data import text_batches
-    from ..runtime import TorchRuntime
-
-    settings = job.recipe.evaluate
-    sizes = {"context": job.recipe.data.context, "tokens": settings.tokens}
-    return fidelity(
-        runtime,
-        student=TorchRuntime(job.run.student, batch_size=settings.batch_size),
-        teacher=TorchRuntime(job.teacher.folder, batch_size=settings.batch_size),
-        heldout=text_batches(job.source, job.tokenizer, **sizes, **job.data),
-        suites=suites_of(None, job.tokenizer, prompts=settings.prompts, seed=job.recipe.seed),
-        max_new_tokens=settings.max_new_tokens,
-        seed=job.recipe.seed,
-        progress=progress,
-    )
 
 
 def report(job: Job) -> str:
@@ -332,27 +313,6 @@ def ship(run: Run, report: dict[str, Any], recipe: Recipe) -> None:
 def public_name(value: str | None) -> str | None:
     """A path on this machine becomes a name: what is written here may be published."""
     return Path(value).name if value and Path(value).exists() else value
-
-
-def suites_of(names: list[str] | None, tokenizer: Any, *, prompts: int, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Tasks by skill: the built-in suites by name, files by path.
-
-    A model without a chat template is asked only what is named: it has to continue a transcript.
-    """
-    from ..demo import tasks
-    from ..evaluate.run_skills import read_suite
-    from ..evaluate.skills import SKILLS
-
-    if not tokenizer.chat_template and not names:
-        return {}
-    suites: dict[str, list[dict[str, Any]]] = {}
-    for name in names or SKILLS:
-        if name in SKILLS:
-            suites.setdefault(name, []).extend(tasks.suite(name, prompts, seed=seed))
-            continue
-        for task in read_suite(name):
-            suites.setdefault(task["skill"], []).append(task)
-    return suites
 
 
 def hush() -> None:

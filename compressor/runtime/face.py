@@ -26,11 +26,16 @@ class Runtime(Protocol):
 
     tokenizer: Any
     nbytes: int
-    parameters: int
     context: int
+    stops: set[int]  # tokens that end an answer
     kv_bytes_per_value: int  # of the KV cache
     memory_bytes: int  # of the weights once loaded
     every_logit: bool  # whether `tokens` computes logits at every position of the prompt
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, however few bits each has."""
+        ...
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (T,) -> logits (T, V) in float32."""

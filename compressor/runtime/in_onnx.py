@@ -22,7 +22,7 @@ class OnnxRuntime(Speaker):
     def __init__(self, folder: Path | str, *, threads: int | None = None) -> None:
         from importlib import import_module
 
-        from ..checkpoint import count_parameters, load_tokenizer
+        from ..checkpoint import load_tokenizer
 
         genai: Any = import_module("onnxruntime_genai")  # a compiled module without types
         genai.disable_telemetry_events()
@@ -49,8 +49,14 @@ class OnnxRuntime(Speaker):
         self.every_logit = True
         self.nbytes = self.memory_bytes = sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
         self.tokenizer = load_tokenizer(self.folder)
-        self.parameters = count_parameters(self.folder)
         self.stops = stop_ids(stops, self.tokenizer)
+
+    @property
+    def parameters(self) -> int:
+        """Of the model; counted when asked for, since transformers builds a model whose family has no row."""
+        from ..checkpoint import count_parameters
+
+        return count_parameters(self.folder)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (T,) -> logits (T, V) in float32."""
