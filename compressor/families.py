@@ -120,7 +120,7 @@ def family(model_type: str) -> Family:
     if row is None:
         raise UserError(
             f"model_type {model_type!r} is not known; known are {', '.join(FAMILIES)}; "
-            "use a teacher of one of these families, or add a row to compressor/families.py"
+            "use a model of one of these families (export onnx takes others), or add a row to compressor/families.py"
         )
     return row
 

@@ -324,6 +324,8 @@ def best_fit(artifacts: list[dict[str, Any]], budgets: Sequence[Budget]) -> dict
     # a target counts 4 bits a weight, an artifact has scales and wider parts beside them
     room = min(rooms, default=0) * 4 / max(4.0, min(smallest["bits_per_weight"], WORST_INT4_BITS))
     if room <= parse_bytes("1MiB"):
-        return {"what": None, "target": None, "why": "the libraries alone take that much"}
+        tight = "memory" in limits and limits["memory"] - overhead <= parse_bytes("1MiB")
+        why = "the libraries alone take that much" if tight else "less than 1 MiB is left for the weights"
+        return {"what": None, "target": None, "why": why}
     target = f"{room / 2**20:.0f}MiB@int4"
     return {"what": None, "target": target, "why": f"a student of --target {target} would"}

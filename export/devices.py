@@ -146,7 +146,10 @@ def parse_budget(text: str) -> Budget:
         raise UserError(f"budget {text!r} is not known; expected KEY=VALUE with one of {', '.join(BUDGETS)}")
     kind = BUDGETS[key][0]
     if kind == "bytes":
-        limit: float = parse_bytes(value)
+        try:
+            limit: float = parse_bytes(value)
+        except UserError as error:
+            raise UserError(f"budget {text!r}: {error}") from None
     elif kind == "seconds":
         found = re.fullmatch(r"([\d.]+)\s*(ms|s)", value.strip())
         if not found:

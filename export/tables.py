@@ -158,7 +158,7 @@ def bench_rows(result: dict[str, Any]) -> list[list[str]]:
 def _span(artifact: dict[str, Any], key: str, cell: Any, unit: str) -> str:
     """Expected, and the roofline that bounds it."""
     there = artifact["estimate"]["device"]
-    return f"{cell(there['expected'][key])} {unit} (roofline {cell(there['roofline'][key])})"
+    return f"{cell(there['expected'][key])} {unit} (roofline {cell(there['roofline'][key])}, at the device's peak)"
 
 
 def budget_line(what: str, line: dict[str, Any]) -> str:

@@ -15,6 +15,8 @@ from .subject import Subject, ended
 if TYPE_CHECKING:
     from export import Settings
 
+    from ..runtime import Runtime
+
 
 def evaluate(
     what: str,
@@ -94,7 +96,13 @@ def export(
     if subject.against:
         about["description"] = f"distilled from {public_name(hub_name(subject.against))}"
     with progress(f"export {settings.name}") as advance:
-        chosen = subject.judged(student, advance.of, prompts=prompts, tokens=tokens) if measured else None
+        judged = subject.judged(student, advance.of, prompts=prompts, tokens=tokens)
+
+        def measure(runtime: Runtime) -> dict[str, Any]:
+            say(f"{settings.name:<17} verified; measuring fidelity and skills (--no-measure leaves that out)")
+            return judged(runtime)
+
+        chosen = measure if measured else None
         given = {"about": about, "calibration": subject.calibration(student)}
         manifest = exporting.export(student, settings, out, **given, measure=chosen, progress=advance.of)
     return {"path": str(out), "manifest": manifest}
@@ -146,7 +154,7 @@ def bench(
     )
     missed = [(found["what"], line) for found in result["artifacts"] for line in found["budget"] if not line["passed"]]
     if fit and result["fit"]["what"] is None:
-        raise CheckFailed("nothing fits the budget", result)
+        raise CheckFailed(f"nothing fits the budget: {result['fit']['why']}", result)
     if missed and not fit:
         from export.tables import budget_line
 
