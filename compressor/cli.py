@@ -282,6 +282,26 @@ def bench(
 
 
 @app.command()
+def serve(
+    what: Annotated[
+        list[str] | None, typer.Argument(help="A run folder (teacher, student, artifacts), or models by name.")
+    ] = None,
+    left: Annotated[str | None, typer.Option(help="A model: folder, exported folder, Hub id or `demo`.")] = None,
+    right: Annotated[str | None, typer.Option(help="A model to put beside it.")] = None,
+    port: Annotated[int, typer.Option(help="Of the page.", min=1, max=65535)] = 7860,
+    host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs --auth.")] = "127.0.0.1",
+    auth: Annotated[str | None, typer.Option(metavar="USER:PASSWORD", help="What the page asks for.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="A saved comparison (JSON), shown without any model.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of each model. [default: its runtime's choice]", min=1)] = None,
+) -> None:
+    """Open a page that puts models side by side: one question, answers at their own pace, checks, blind votes."""
+    from serve import launch
+
+    whats = [*(what or []), *(name for name in (left, right) if name)]
+    launch(whats, host=host, port=port, auth=auth, replay=replay, threads=threads, say=_say)
+
+
+@app.command()
 def package(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
     push: Annotated[str | None, typer.Option(help="Hub repository to push the student to (private when new).")] = None,

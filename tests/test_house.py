@@ -76,23 +76,27 @@ def test_arrows_point_one_way(path):
     assert not bad, f"{room} ({layer}) imports {bad}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "export").rglob("*.py")), ids=lambda path: path.name)
-def test_export_rests_on_ground_and_judging(path):
-    """It uses what any model is read, run and judged with; `__main__` is a door, and calls the command line."""
-    allowed = GROUND | {"evaluate"} | ({"cli"} if path.name == "__main__.py" else set())
+BESIDE = [*sorted((ROOT / "export").rglob("*.py")), *sorted((ROOT / "serve").rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", BESIDE, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_export_and_serve_rest_on_ground_and_judging(path):
+    """They use what any model is read, run and judged with, serve the demo's tasks too; `__main__` is a door."""
+    doors = {"__main__.py": {"cli"}, "presets.py": {"demo"}}
+    allowed = GROUND | {"evaluate"} | doors.get(path.name, set())
     assert imported_rooms(path) <= allowed
 
 
-def test_only_the_doors_import_export_and_only_inside_functions():
+def test_only_the_doors_import_export_or_serve_and_only_inside_functions():
     for path in sources():
         tree = ast.parse(path.read_text())
         names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
         names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
-        if any(name.split(".")[0] == "export" for name in names):
+        if any(name.split(".")[0] in ("export", "serve") for name in names):
             assert room_of(path) in DOORS, path
         top = {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
         top |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level}
-        assert not any(name.split(".")[0] == "export" for name in top), path
+        assert not any(name.split(".")[0] in ("export", "serve") for name in top), path
 
 
 def test_every_room_has_a_layer():
@@ -103,7 +107,7 @@ def test_every_room_has_a_layer():
 def test_packages_are_listed_and_no_script_has_a_shell_builtins_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
-    code = [path for package in ("compressor", "export") for path in (ROOT / package).rglob("*.py")]
+    code = [path for package in ("compressor", "export", "serve") for path in (ROOT / package).rglob("*.py")]
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in code}
     data = {"compressor.configs", "compressor.recipes"}
     assert listed == found | data
