@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -157,15 +157,22 @@ def check_room(offer: Offer) -> None:
 
 
 def offers(whats: list[str]) -> list[Offer]:
-    """What a run folder offers (teacher, student, every artifact), or models by name. Raises UserError."""
-    from compressor.checkpoint import resolve
+    """What a run folder offers (teacher, student, every artifact), or models by name.
+
+    Raises UserError for a run without a student, and for a name that is neither a folder nor a Hub id with a config.
+    """
+    from compressor.checkpoint import DEMO_FOLDER, read_config, resolve
     from compressor.recipe import load_values
     from compressor.run import Run
+    from compressor.runtime import is_artifact
 
     found: list[Offer] = []
     for what in whats:
         if not (Path(what) / "run.json").exists():
-            found.append(_offer(Path(what).name if Path(what).is_dir() else what, what))
+            if not is_artifact(what):
+                read_config(what)
+            folder = str(DEMO_FOLDER) if what == "demo" else what
+            found.append(_offer(Path(what).name if Path(what).is_dir() else what, folder))
             continue
         run = Run(Path(what))
         if run.done("distill") is None:
@@ -175,7 +182,13 @@ def offers(whats: list[str]) -> list[Offer]:
         found.append(_offer("student", str(run.student)))
         for manifest in sorted(run.export.glob("*/export.json")):
             found.append(_offer(manifest.parent.name, str(manifest.parent)))
-    return found
+    names = [offer.name for offer in found]
+    return [
+        replace(offer, name=f"{offer.name} ({names[:i].count(offer.name) + 1})")
+        if names.count(offer.name) > 1
+        else offer
+        for i, offer in enumerate(found)
+    ]
 
 
 def _offer(name: str, what: str) -> Offer:

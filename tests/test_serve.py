@@ -289,8 +289,15 @@ def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded():
 
 
 def test_offers_are_a_runs_models_or_those_named(tmp_path):
-    assert [offer.name for offer in models.offers([str(DEMO_FOLDER), "org/model"])] == [DEMO_FOLDER.name, "org/model"]
-    (tmp_path / "run.json").write_text("{}")
+    assert [offer.name for offer in models.offers([str(DEMO_FOLDER), "demo"])] == [DEMO_FOLDER.name, "demo"]
+    twice = models.offers(["demo", "demo"])
+    assert [(offer.name, offer.what) for offer in twice] == [
+        ("demo (1)", str(DEMO_FOLDER)),
+        ("demo (2)", str(DEMO_FOLDER)),
+    ]
+    with pytest.raises(UserError, match="/no/such is not a folder"):
+        models.offers(["demo", "/no/such"])
+    (tmp_path / "run.json").write_text(json.dumps({"stages": {}}))
     with pytest.raises(UserError, match="has no student yet; expected a finished run"):
         models.offers([str(tmp_path)])
     assert Path(models.offers([str(DEMO_FOLDER)])[0].what) == DEMO_FOLDER
