@@ -127,6 +127,7 @@ def test_words_of_models_and_people_are_escaped(tmp_path):
         "check": {"contains": [evil]},
         "tools": [],
         "passages": [evil],
+        "numbered": 1,
     }
     figures = {"tokens": 1, "ttft_s": 0.1, "tokens_per_s": None, "peak_rss_bytes": None}
     sides = [{"name": evil, "bytes": 1, "text": evil + " [9]", "figures": figures, "error": evil}] * 2
