@@ -88,10 +88,10 @@ def _rounded_beforehand(
 
 def _from_layers(known: Mapping[str, Blocks], student: Path, initializer: str) -> Blocks | None:
     """The blocks of an initializer, from those of the parameters it holds."""
-    names = initializer.split(JOIN)
-    if not is_traced(student):
-        names = hugging_face_names(initializer, tied=Shape.from_config(read_config(student)).tied)
-    if known and in_layers(names[0]):
+    if known and in_layers(initializer):
+        names = initializer.split(JOIN)
+        if not is_traced(student):
+            names = hugging_face_names(initializer, tied=Shape.from_config(read_config(student)).tied)
         missing = [name for name in names if name not in known]
         if missing:
             raise UserError(f"gptq came to no {missing[0]}; expected a linear layer; choose another --algorithm")

@@ -23,7 +23,7 @@ from compressor.errors import UserError
 from . import page, saved
 from .difference import Rated
 from .models import Model, Offer
-from .presets import LEVELS, Preset, conversation, demo_library, library, schema_errors
+from .presets import Preset, conversation, demo_library, library, schema_errors
 from .votes import Ballot
 
 LONGEST_PROMPT = 20_000  # characters
@@ -165,7 +165,7 @@ def _bounded(tokens: int | float) -> int:
     return max(1, min(int(tokens), MOST_TOKENS))
 
 
-def build(app: App, *, demo: bool = False, report: Path | None = None) -> Any:
+def build(app: App, *, demo: bool = False) -> Any:
     """The page as gradio.Blocks. demo: offer the embedded teacher's own tasks first."""
     names = list(app.offers)
     source: Callable[[str], tuple[Preset, ...]] = demo_library if demo else library
@@ -425,4 +425,4 @@ def _told(call: Callable[..., Any]) -> Callable[..., Any]:
     return told
 
 
-__all__ = ["LEVELS", "App", "build", "replay"]
+__all__ = ["App", "build", "replay"]

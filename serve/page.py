@@ -11,6 +11,7 @@ from compressor.units import size
 
 from .difference import Rated, difference, heat
 from .marks import call_report, cited_spans, marks
+from .saved import names_of
 
 STYLE = (resources.files("serve") / "style.css").read_text(encoding="utf-8")
 
@@ -135,8 +136,6 @@ def tally_table(rows: list[dict[str, Any]]) -> str:
 
 def replayed(saved: dict[str, Any]) -> str:
     """A saved comparison: the question, its answers, where they part."""
-    from .saved import names_of
-
     question, sides, names = saved["question"], saved["sides"], names_of(saved)
     asked = "".join(
         f"<p><strong>{escape(message['role'])}</strong> {escape(message['content'])}</p>"
@@ -157,8 +156,6 @@ def replayed(saved: dict[str, Any]) -> str:
 
 def whole_page(saved: dict[str, Any]) -> str:
     """A saved comparison as one file that needs nothing else."""
-    from .saved import names_of
-
     names = names_of(saved)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

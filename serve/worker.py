@@ -67,7 +67,6 @@ class Worker:
                 "tokens_per_s": rate,
                 "peak_rss_bytes": resident("VmHWM"),
                 "stopped": self.cancelled == id,
-                "whole": count < max_new_tokens,
             }
         }
 
