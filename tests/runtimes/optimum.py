@@ -144,7 +144,7 @@ def expected(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     for conversation in task["conversations"]:
         prompt = prompt_ids(conversation, runtime.tokenizer)
         tokens = []
-        for token in runtime.tokens(prompt, max_new_tokens=task["most_tokens"], through=True):
+        for token in runtime.tokens(prompt, max_new_tokens=task["most_tokens"], ignore_eos=True):
             tokens.append(token)
             if token in runtime.stops:
                 break

@@ -103,7 +103,7 @@ def expected_answers(folder: Path) -> tuple[list[int], dict[str, list[int]]]:
     assert isinstance(runtime, OnnxRuntime)
     prompt = prompt_ids(CONVERSATION, runtime.tokenizer)
     tokens = {dtype: plain_tokens(folder / graph, prompt) for dtype, graph in GRAPHS.items()}
-    tokens["q4"] = runtime.tokens(prompt, max_new_tokens=MOST_TOKENS, through=True)
+    tokens["q4"] = runtime.tokens(prompt, max_new_tokens=MOST_TOKENS, ignore_eos=True)
     return prompt, {dtype: until(found, runtime.stops) for dtype, found in tokens.items()}
 
 
