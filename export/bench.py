@@ -7,16 +7,13 @@ A point is a prompt length: the time to its first token is TTFT, and the tokens 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from compressor.child import Child
 from compressor.errors import UserError
 
 from .artifact import read_manifest
@@ -29,48 +26,6 @@ NEW_TOKENS = 32
 REPEATS = 5
 WORST_INT4_BITS = 6.5  # bits a weight of an int4 artifact of a small model, whose head is a large part of it
 Say = Callable[[str], None]
-
-
-class Process:
-    """A child that runs one artifact. Raises UserError with the child's own words where a command fails."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        command = [sys.executable, "-m", "export.bench_child"]
-        self._talk = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the child; an unread pipe would fill up
-        self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._talk, text=True
-        )
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Send one command and wait for its answer."""
-        child: Any = self._child
-        try:
-            child.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            child.stdin.flush()
-            line = child.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            code = child.wait()
-            self._talk.seek(0)
-            said = (self._talk.read().strip().splitlines() or ["nothing"])[-1]
-            raise UserError(
-                f"the process that ran {self.what} died with code {code} ({said}); expected it to answer; if memory "
-                "ran out, measure a smaller artifact"
-            )
-        found = json.loads(line)
-        if "error" in found:
-            raise UserError(f"{self.what} cannot be measured: {found['error']}")
-        return found
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._child.kill()
-        self._child.communicate()
-        self._talk.close()
 
 
 def bench(
@@ -120,7 +75,7 @@ def bench(
 
 def _alone(what: str, threads: int, repeats: int, points: Sequence[int], say: Say) -> dict[str, Any]:
     say(f"measuring {what}")
-    with Process(what) as child:
+    with Child("export.bench_child", what) as child:
         loaded = child.ask("load", what=what, threads=threads)
         lengths = _lengths(loaded["context"], points)
         for length in lengths:
@@ -135,8 +90,8 @@ def _together(
     """As `_alone`, but the runs alternate between artifacts, so that a busy moment of the machine meets them all."""
     say(f"measuring {', '.join(whats)} in turn")
     with ExitStack() as stack:
-        children = [stack.enter_context(Process(what)) for what in whats]
-        loaded = [child.ask("load", what=child.what, threads=threads) for child in children]
+        children = [stack.enter_context(Child("export.bench_child", what)) for what in whats]
+        loaded = [child.ask("load", what=child.name, threads=threads) for child in children]
         lengths = _lengths(min(found["context"] for found in loaded), points)
         runs: list[dict[int, list[dict[str, Any]]]] = [{length: [] for length in lengths} for _ in children]
         for length in lengths:
@@ -146,7 +101,7 @@ def _together(
                 for child, found in zip(children, runs, strict=True):
                     found[length].append(child.ask("run", prompt=length, new=NEW_TOKENS))
         return [
-            {"what": child.what, "loaded": one, "runs": found, "memory": child.ask("memory")}
+            {"what": child.name, "loaded": one, "runs": found, "memory": child.ask("memory")}
             for child, one, found in zip(children, loaded, runs, strict=True)
         ]
 

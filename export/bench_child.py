@@ -7,18 +7,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from compressor.child import answer
+
 from .memory import reset_peak, resident
 
 
-class Child:
+class Artifact:
     """The commands, by name. Peak memory counts from before the artifact is opened on."""
 
     def __init__(self) -> None:
@@ -107,19 +106,5 @@ def _mapped(folder: Path) -> int | None:
     return total
 
 
-def main() -> None:
-    """Answer commands until the input ends. Anything a library prints goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    child = Child()
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            found = getattr(child, command.pop("do"))(**command)
-        except Exception as error:  # whatever it is, the parent tells the user in one line
-            found = {"error": " ".join(str(error).split()) or type(error).__name__}
-        answers.write(json.dumps(found) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    answer(Artifact())

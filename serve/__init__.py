@@ -2,21 +2,40 @@
 
     launch(["runs/demo"])
 
-`app` is the page and `page` its HTML; `presets` are the prompts, `marks` what an answer got right, `difference` where
-two part, `votes` who is preferred, `saved` what is kept; `models` runs each model in a process of its own (`worker`).
-Only compressor's cli imports this package.
+`page` is the widgets, `markup` their HTML, `app` what they call; `presets` are the prompts, `marks` what an answer got
+right, `difference` where two part, `votes` who is preferred, `saved` what is kept; `models` runs each model in a
+process of its own (`worker`). Only compressor's cli imports this package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressor.errors import UserError
 
+if TYPE_CHECKING:
+    from .app import App
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORT = 7860
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running page. app: None in a replay, which has no models."""
+
+    url: str
+    app: App | None
+    blocks: Any
+
+    def close(self) -> None:
+        """Stop the models and the page."""
+        if self.app is not None:
+            self.app.close()
+        self.blocks.close(verbose=False)
 
 
 def launch(
@@ -29,11 +48,11 @@ def launch(
     threads: int | None = None,
     wait: bool = True,
     say: Callable[[str], None] = lambda message: None,
-) -> Any:
+) -> Served:
     """Open the page on `whats` (a run folder, or models by name), or on a saved comparison with `replay`.
 
     port: 0 for any that is free. auth: "user:password", asked for on every host but loopback. wait: until interrupted;
-    else return the running gradio.Blocks, which has `app_of_models` (None in a replay), `local_url` and `close`.
+    else the running page is returned.
     Raises UserError for what cannot be offered, a host without auth, and a port that is taken.
     """
     if host not in LOOPBACK and not auth:
@@ -41,24 +60,25 @@ def launch(
     user, _, password = (auth or "").partition(":")
     if auth and not (user and password):
         raise UserError("--auth is no USER:PASSWORD; expected both, with a colon between; write it so")
-    from . import app as pages
-    from . import saved
+    from . import page, saved
+    from .app import App
+    from .markup import STYLE
     from .models import offers
-    from .page import STYLE
     from .votes import Ballot
 
-    app = None
+    app, report = None, None
     if replay is not None:
-        blocks = pages.replay(saved.read(replay))
+        blocks = page.replay(saved.read(replay))
     else:
         found = offers(list(whats))
         if not found:
             raise UserError("nothing to serve; expected a run folder, or models with --left and --right; name one")
         run = next((Path(what) for what in whats if (Path(what) / "run.json").exists()), None)
-        app = pages.App(found, Ballot(run / "votes.jsonl" if run else None), threads=threads)
-        blocks = pages.build(app, demo=_is_demo(found[0].what))
+        report = run / "report.html" if run and (run / "report.html").is_file() else None
+        app = App(found, Ballot(run / "votes.jsonl" if run else None), threads=threads)
+        blocks = page.Page(app, demo=_is_demo(found[0].what), report=report).blocks
     try:
-        _, url, _ = blocks.queue(default_concurrency_limit=pages.CLIENTS).launch(
+        _, url, _ = blocks.queue(default_concurrency_limit=page.CLIENTS).launch(
             server_name=host,
             server_port=port or None,
             auth=(user, password) if auth else None,
@@ -67,20 +87,20 @@ def launch(
             prevent_thread_lock=True,
             footer_links=["api"],
             css=STYLE,
-            max_threads=4 * pages.CLIENTS,
+            max_threads=4 * page.CLIENTS,
             max_file_size="1mb",
+            allowed_paths=[str(report.resolve())] if report else None,
         )
     except OSError as error:
         raise UserError(f"port {port} of {host} cannot be had ({error}); expected a free one; give --port") from error
-    blocks.app_of_models = app
+    served = Served(url, app, blocks)
     say(f"serving on {url} (Ctrl-C ends it)")
     if wait:
         try:
             blocks.block_thread()
         finally:
-            if app is not None:
-                app.close()
-    return blocks
+            served.close()
+    return served
 
 
 def _is_demo(what: str) -> bool:
@@ -89,4 +109,4 @@ def _is_demo(what: str) -> bool:
     return Path(what).resolve() == DEMO_FOLDER.resolve()
 
 
-__all__ = ["LOOPBACK", "PORT", "launch"]
+__all__ = ["LOOPBACK", "PORT", "Served", "launch"]

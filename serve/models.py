@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import subprocess
-import sys
-import tempfile
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from compressor.child import Child
 from compressor.errors import UserError
 from compressor.units import size
+from export.machine import available_memory
 
 ROOM = 1.3  # times its weights that a model takes once loaded
 _numbers = count(1)
@@ -23,15 +21,19 @@ _numbers = count(1)
 
 @dataclass(frozen=True)
 class Offer:
-    """One model that a person may choose: its name on the page, what it is, and its bytes on disk (None: unknown)."""
+    """One model that a person may choose: its name on the page, what it is, its bytes on disk (None: unknown).
+
+    teacher: the others of its run are held to it.
+    """
 
     name: str
     what: str
     nbytes: int | None
+    teacher: bool = False
 
 
 class Model:
-    """A handle on one model: asleep, loading, ready or failed. One answer at a time; others wait their turn.
+    """A handle on one model: asleep, loading or ready. One answer at a time; others wait their turn.
 
     threads: None leaves the choice to the runtime.
     """
@@ -41,21 +43,19 @@ class Model:
         self.facts: dict[str, Any] = {}
         self._threads = threads
         self._turn = threading.Lock()
-        self._writing = threading.Lock()
-        self._child: Any = None
-        self._talk: Any = None
+        self._child: Child | None = None
 
     @property
     def state(self) -> str:
         """asleep, loading or ready."""
-        if self._child is None or self._child.poll() is not None:
+        if self.pid is None:
             return "asleep"
         return "ready" if self.facts else "loading"
 
     @property
     def pid(self) -> int | None:
-        """The child's process, while it lives."""
-        return None if self._child is None or self._child.poll() is not None else self._child.pid
+        """The model's process, while it lives."""
+        return None if self._child is None else self._child.pid
 
     def stream(self, messages: list[dict[str, str]], **settings: Any) -> Generator[dict[str, Any], None, None]:
         """Yield {"state"} while it waits and loads, {"text"} as the answer grows, {"done": figures} at its end.
@@ -64,95 +64,66 @@ class Model:
         """
         while not self._turn.acquire(timeout=0.2):
             yield {"state": "waiting for its turn"}
-        number = next(_numbers)
-        over = True
         try:
             if self.state != "ready":
                 yield {"state": "loading"}
-                self._load()
-            over = False
-            for found in self._ask("stream", id=number, messages=messages, **settings):
-                over = "done" in found
-                yield found
-                if over:
-                    return
-        except UserError:
-            over = True
-            raise
+            child, number = self._loaded(), next(_numbers)
+            answers = child.answers("stream", id=number, messages=messages, **settings)
+            try:
+                for found in answers:
+                    yield found
+                    if "done" in found:
+                        return
+            except GeneratorExit:  # nobody reads any more: what it still had to say must not meet the next question
+                child.tell("cancel", id=number)
+                with contextlib.suppress(UserError):
+                    next(found for found in answers if "done" in found)
+                raise
         finally:
-            if not over:
-                self._end(number)
             self._turn.release()
 
     def rate(self, messages: list[dict[str, str]], tools: Any, answer: list[int]) -> list[list[Any]]:
         """What this model gives each token of an answer: [text, probability, its own choice, whether they agree]."""
         with self._turn:
-            if self.state != "ready":
-                self._load()
-            return next(self._ask("rate", messages=messages, tools=tools, answer=answer))["rated"]
+            return self._loaded().ask("rate", messages=messages, tools=tools, answer=answer)["rated"]
+
+    def rest(self) -> None:
+        """Close, unless an answer is under way."""
+        if self._turn.acquire(blocking=False):
+            self.close()
+            self._turn.release()
 
     def close(self) -> None:
-        """Stop the child and give its memory back."""
+        """End the process; its memory is free when this returns."""
         if self._child is not None:
-            self._child.kill()
-            self._child.communicate()
-            self._talk.close()
+            self._child.close()
         self._child, self.facts = None, {}
 
-    def _load(self) -> None:
-        self.close()
-        check_room(self.offer)
-        self._talk = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the child; an unread pipe would fill up
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._talk}
-        self._child = subprocess.Popen([sys.executable, "-m", "serve.worker"], **pipes, text=True)
-        self.facts = next(self._ask("load", what=self.offer.what, threads=self._threads))["ready"]
+    def _loaded(self) -> Child:
+        if self._child is None or self.state != "ready":
+            self.close()
+            check_room(self.offer)
+            self._child = Child("serve.worker", self.offer.name)
+            try:
+                self.facts = self._child.ask("load", what=self.offer.what, threads=self._threads)
+            except UserError:
+                self.close()
+                raise
+        return self._child
 
-    def _ask(self, do: str, **arguments: Any) -> Iterator[dict[str, Any]]:
-        self._write({"do": do, **arguments})
-        while True:
-            line = self._child.stdout.readline()
-            if not line:
-                raise UserError(self._obituary())
-            found = json.loads(line)
-            if "error" in found:
-                if do == "load":
-                    self.close()
-                raise UserError(f"{self.offer.name}: {found['error']}")
-            yield found
 
-    def _write(self, command: dict[str, Any]) -> None:
-        with self._writing, contextlib.suppress(BrokenPipeError, ValueError):  # reading tells of a dead child
-            self._child.stdin.write(json.dumps(command) + "\n")
-            self._child.stdin.flush()
-
-    def _end(self, number: int) -> None:
-        """End a stream that nobody reads any more, and take what it still had to say off the line."""
-        self._write({"cancel": number})
-        while line := self._child.stdout.readline():
-            found = json.loads(line)
-            if "done" in found or "error" in found:
-                return
-
-    def _obituary(self) -> str:
-        code = self._child.wait()
-        self._talk.seek(0)
-        said = (self._talk.read().strip().splitlines() or ["nothing"])[-1]
-        self.close()
-        return (
-            f"the process of {self.offer.name} ended with code {code} ({said[:200]}); expected it to answer; ask again "
-            "to start it anew, or choose a smaller model if memory ran out"
-        )
+def has_room(offer: Offer) -> bool:
+    """Whether this machine's free memory can hold a model; true where either is unknown."""
+    free = available_memory()
+    return offer.nbytes is None or free is None or ROOM * offer.nbytes <= free
 
 
 def check_room(offer: Offer) -> None:
     """Raise UserError for a model that this machine's free memory cannot hold, before it is loaded."""
-    from export.machine import available_memory
-
-    free = available_memory()
-    if offer.nbytes is not None and free is not None and ROOM * offer.nbytes > free:
+    if not has_room(offer):
         raise UserError(
-            f"{offer.name} needs about {size(int(ROOM * offer.nbytes))} and {size(free)} are free; expected room for "
-            "it; close other models or choose a smaller one"
+            f"{offer.name} needs about {size(int(ROOM * (offer.nbytes or 0)))} and {size(available_memory() or 0)} are "
+            "free; expected room for it; choose a smaller one, or close other programs"
         )
 
 
@@ -178,7 +149,7 @@ def offers(whats: list[str]) -> list[Offer]:
         if run.done("distill") is None:
             raise UserError(f"{what} has no student yet; expected a finished run; run compressor distill --out {what}")
         teacher = str(load_values(str(run.recipe)).get("teacher"))
-        found.append(_offer("teacher", str(resolve(teacher))))
+        found.append(_offer("teacher", str(resolve(teacher)), teacher=True))
         found.append(_offer("student", str(run.student)))
         for manifest in sorted(run.export.glob("*/export.json")):
             found.append(_offer(manifest.parent.name, str(manifest.parent)))
@@ -191,11 +162,11 @@ def offers(whats: list[str]) -> list[Offer]:
     ]
 
 
-def _offer(name: str, what: str) -> Offer:
+def _offer(name: str, what: str, *, teacher: bool = False) -> Offer:
     folder = Path(what)
     files = (
         [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".gguf", ".onnx", ".data")]
         if folder.is_dir()
         else []
     )
-    return Offer(name, what, sum(path.stat().st_size for path in files) or None)
+    return Offer(name, what, sum(path.stat().st_size for path in files) or None, teacher)

@@ -1,165 +1,322 @@
-"""What the page shows, as HTML: every word that a model or a person wrote is escaped."""
+"""The Gradio page: one question, independent answers side by side, blind votes, comparisons to keep.
+
+Each side streams in an event of its own, so the fast one never waits for the slow one; what a person asked stays in
+that person's session. The page only moves things between widgets: `app` does the work, `markup` draws.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
-from html import escape
-from importlib import resources
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from compressor.units import size
+import gradio as gr
 
-from .difference import Rated, difference, heat
-from .marks import call_report, cited_spans, marks
-from .saved import names_of
+from compressor.errors import UserError
 
-STYLE = (resources.files("serve") / "style.css").read_text(encoding="utf-8")
+from . import markup, saved
+from .app import LONGEST_PROMPT, MOST_TOKENS, SETTINGS, App, bounded, ended
+from .presets import Preset, demo_library, library
 
-
-def answer_card(side: dict[str, Any], question: dict[str, Any], *, name: str, teacher: str | None = None) -> str:
-    """One side ({"text", "state", "figures", "error"}): its name, state, answer, figures and checks."""
-    state = side.get("state") or ""
-    parts = [
-        f'<div class="head"><span class="name">{escape(name)}</span><span class="state">{escape(state)}</span></div>'
-    ]
-    if side.get("error"):
-        parts.append(f'<p class="error" role="alert">{escape(side["error"])}</p>')
-    body = _cited(side["text"], question["numbered"]) if question.get("numbered") else escape(side["text"])
-    parts.append(f'<div class="text" aria-live="polite">{body or "&nbsp;"}</div>')
-    if side.get("figures"):
-        parts.append(_figures(side["figures"], side.get("bytes")))
-        parts.append(_checks(side["text"], question, teacher))
-    return f'<section class="side">{"".join(parts)}</section>'
-
-
-def _cited(text: str, passages: int) -> str:
-    spans = cited_spans(text, passages)
-    words = []
-    for part, source in spans:
-        kind = "cite" if source and source.startswith("passage") else "nocite"
-        words.append(f'<mark class="{kind}" title="{escape(source)}">{escape(part)}</mark>' if source else escape(part))
-    return "".join(words)
+CLIENTS = 32  # answers that may be under way or waiting, over all sessions
+NONE = "(none)"
+TABS = {
+    "instruction": "Instructions",
+    "rag": "Retrieval",
+    "tools": "Functions",
+    "roleplay": "Role play",
+    "chat": "Chat",
+}
+CONVERSATIONS = ("roleplay", "chat")  # whose answers can be gone on from
+LETTERS = "ABC"
+VOTES = {"left": "A is better", "right": "B is better", "tie": "Tie", "bad": "Both bad"}
+CACHE = (3600, 24 * 3600)  # seconds: how often gradio's copies of downloads are looked at, and how old they may grow
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
-def _figures(figures: dict[str, Any], nbytes: int | None) -> str:
-    """Tokens, TTFT, tokens per second, memory, size."""
-    rate, first = figures.get("tokens_per_s"), figures.get("ttft_s")
-    found = [
-        ("TTFT", f"{1e3 * first:.0f} ms" if first is not None else "-"),
-        ("tokens/s", f"{rate:.1f}" if rate else "-"),
-        ("tokens", str(figures["tokens"])),
-        ("peak memory", size(figures["peak_rss_bytes"]) if figures.get("peak_rss_bytes") else "-"),
-        ("model size", size(nbytes) if nbytes else "-"),
-    ]
-    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in found)
-    return f'<dl class="figures">{cells}</dl>'
+class Page:
+    """The widgets that several events share, and the events. `blocks` is the whole, as gradio.Blocks.
+
+    demo: the embedded teacher's own tasks are the presets. report: the run's, offered for download.
+    """
+
+    def __init__(self, app: App, *, demo: bool = False, report: Path | None = None) -> None:
+        self.app = app
+        self._presets: Callable[[str], tuple[Preset, ...]] = demo_library if demo else library
+        with gr.Blocks(title="compressor: side by side", analytics_enabled=False, delete_cache=CACHE) as self.blocks:
+            gr.Markdown(
+                "# Side by side\nOne question, every model at its own pace. "
+                "The checks are those of `compressor evaluate`."
+            )
+            self.question = gr.State(None)
+            self.sides = [gr.State(None) for _ in LETTERS]
+            self._choices()
+            starts = [start for skill, title in TABS.items() for start in self._tab(skill, title)]
+            self._answers()
+            self._drawers(report)
+            for start in starts:
+                self._stream_after(start)
+            gr.api(_told(app.compare), api_name="compare")  # pyright: ignore[reportPrivateImportUsage]
+            gr.api(_told(app.vote), api_name="vote")  # pyright: ignore[reportPrivateImportUsage]
+            self.blocks.unload(self._leave)
+
+    # --- what there is to see ---
+
+    def _choices(self) -> None:
+        names = list(self.app.offers)
+        with gr.Row():
+            self.pickers = [
+                gr.Dropdown(names, value=names[0], label="First", elem_id="first"),
+                gr.Dropdown(names, value=names[min(1, len(names) - 1)], label="Second", elem_id="second"),
+                gr.Dropdown([NONE, *names], value=names[2] if len(names) > 2 else NONE, label="Third", elem_id="third"),
+            ]
+        with gr.Accordion("Settings", open=False), gr.Row():
+            self.settings = [
+                gr.Slider(1, MOST_TOKENS, SETTINGS["max_new_tokens"], step=1, label="Most tokens", elem_id="most"),
+                gr.Slider(0, 2, SETTINGS["temperature"], step=0.05, label="Temperature (0: greedy)"),
+                gr.Number(SETTINGS["seed"], precision=0, label="Seed"),
+            ]
+            self.blind = gr.Checkbox(False, label="Blind: names and order are hidden until you vote", elem_id="blind")
+
+    def _tab(self, skill: str, title: str) -> Iterator[Any]:
+        """The inputs of one skill; yields the events after which answers are to be streamed."""
+        presets = () if skill == "chat" else self._presets(skill)
+        by_title = {_title(preset): preset for preset in presets}
+        with gr.Tab(title, id=skill):
+            pick = gr.Dropdown(
+                list(by_title), value=None, label="Preset", elem_id=f"preset-{skill}", visible=bool(presets)
+            )
+            system = gr.Textbox(label="System prompt", lines=1, max_length=LONGEST_PROMPT, elem_id=f"system-{skill}")
+            passages = gr.Textbox(
+                label="Passages, one a line",
+                lines=5,
+                max_length=LONGEST_PROMPT,
+                visible=skill == "rag",
+                elem_id="passages",
+            )
+            tools = gr.Code(
+                language="json", label="Functions on offer", lines=6, visible=skill == "tools", elem_id="functions"
+            )
+            prompt = gr.Textbox(label="Prompt", lines=3, max_length=LONGEST_PROMPT, elem_id=f"prompt-{skill}")
+            with gr.Row():
+                ask = gr.Button("Ask", variant="primary", elem_id=f"ask-{skill}")
+                follow = gr.Button("Go on", visible=skill in CONVERSATIONS, elem_id=f"follow-{skill}")
+
+        def fill(title: str | None) -> list[Any]:
+            preset = by_title.get(title or "")
+            if preset is None:
+                return [gr.skip()] * 4
+            schemas = json.dumps(list(preset.tools), indent=2) if preset.tools else ""
+            return [preset.system, "\n".join(preset.passages), schemas, preset.prompt]
+
+        def start(
+            request: gr.Request, title: str | None, system: str, passages: str, tools: str, prompt: str,
+            first: str, second: str, third: str, most: float, temperature: float, seed: float | None, blind: bool,
+        ) -> list[Any]:  # fmt: skip
+            preset = by_title.get(title or "")
+            if preset is None or prompt != preset.prompt:  # an edited prompt has no check any more
+                preset = None
+            with _shown():
+                asked = self.app.question(
+                    prompt or "",
+                    names=[first, second, third],
+                    skill=skill,
+                    system=system or "",
+                    turns=preset.turns if preset else (),
+                    passages=(passages or "").splitlines(),
+                    tools=tools or "",
+                    check=preset.check if preset else None,
+                    settings=_settings(most, temperature, seed),
+                    blind=blind,
+                )
+            return self._begin(request, asked)
+
+        def go_on(
+            request: gr.Request, prompt: str, most: float, temperature: float, seed: float | None,
+            asked: dict[str, Any] | None, *found: dict[str, Any] | None,
+        ) -> list[Any]:  # fmt: skip
+            with _shown():
+                asked, sides = _answered(asked, found)
+                if asked["skill"] != skill:
+                    raise UserError(
+                        f"the last question was asked in another tab, {TABS[asked['skill']]}; ask here first"
+                    )
+                return self._begin(request, self.app.follow(asked, sides, prompt, _settings(most, temperature, seed)))
+
+        pick.change(fill, pick, [system, passages, tools, prompt], **QUIET)
+        inputs = [pick, system, passages, tools, prompt, *self.pickers, *self.settings, self.blind]
+        yield functools.partial(ask.click, start, inputs)
+        yield functools.partial(follow.click, go_on, [prompt, *self.settings, self.question, *self.sides])
+
+    def _answers(self) -> None:
+        self.ratio = gr.HTML("", elem_id="ratio")
+        with gr.Row(elem_classes="sides-row"):
+            self.cards = [gr.HTML("", elem_id=f"side-{letter}") for letter in LETTERS]
+        with gr.Row(elem_classes="votes-row"):
+            self.votes = {
+                choice: gr.Button(words, elem_id=f"vote-{choice}", size="sm") for choice, words in VOTES.items()
+            }
+            stop = gr.Button("Stop", variant="stop", elem_id="stop", size="sm")
+        self.tally = gr.HTML(markup.tally_table(self.app.ballot.tally()), elem_id="tally")
+        stop.click(self._stop, queue=False, **QUIET)
+
+    def _drawers(self, report: Path | None) -> None:
+        """What is folded away: the difference, and what can be kept."""
+        with gr.Accordion("Difference, and how likely each token is", open=False):
+            look = gr.Button("Show", elem_id="look", size="sm")
+            self.apart = gr.HTML("", elem_id="apart")
+        with gr.Accordion("Keep and replay", open=False), gr.Row():
+            self.files = [
+                gr.DownloadButton("Save as HTML", elem_id="save-html", size="sm"),
+                gr.DownloadButton("Save as JSON", elem_id="save-json", size="sm"),
+            ]
+            self.vote_files = [
+                gr.DownloadButton(f"Votes as {kind}", path, elem_id=f"votes-{kind.lower()}", size="sm")
+                for kind, path in zip(("JSON", "CSV"), self.app.votes(None), strict=True)
+            ]
+            if report is not None:
+                gr.DownloadButton("Report of the run", str(report), elem_id="report", size="sm")
+        answered = [self.question, *self.sides]
+        look.click(self._look, answered, [self.apart, *self.files], api_visibility="private")
+        for choice, button in self.votes.items():
+            outputs = [self.question, self.tally, self.ratio, *self.vote_files, *self.cards]
+            button.click(self._vote(choice), answered, outputs, **QUIET)
+
+    # --- what happens ---
+
+    def _stream_after(self, start: Callable[[list[Any]], Any]) -> None:
+        """Every side answers in an event of its own; the one that ends last has the whole judged."""
+        started = start([self.question, *self.cards, *self.sides, self.ratio, self.apart])
+        for place, (card, side) in enumerate(zip(self.cards, self.sides, strict=True)):
+            streamed = started.success(
+                self._stream(place), self.question, [card, side], concurrency_limit=CLIENTS, **QUIET
+            )
+            streamed.then(self._judge, [self.question, *self.sides], [*self.cards, self.ratio, *self.files], **QUIET)
+
+    def _begin(self, request: gr.Request, asked: dict[str, Any]) -> list[Any]:
+        """The page of a question that nobody has answered yet."""
+        self.app.stop_of(request.session_hash).clear()
+        sides = [self.app.waiting(asked, place) for place in range(len(asked["names"]))]
+        names = _called(asked)
+        cards = [markup.answer_card(asked, side, place, names) for place, side in enumerate(sides)]
+        ratio = markup.ratio_line(asked, sides, names)
+        return [asked, *_padded(cards, ""), *_padded([], None), ratio, ""]
+
+    def _stream(self, place: int) -> Callable[..., Any]:
+        def stream(request: gr.Request, asked: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+            if place >= len(asked["names"]):
+                return
+            for side in self.app.answer(asked, place, self.app.stop_of(request.session_hash)):
+                yield markup.answer_card(asked, side, place, _called(asked)), side
+
+        return stream
+
+    def _judge(self, request: gr.Request, asked: dict[str, Any], *found: dict[str, Any] | None) -> list[Any]:
+        """Cards with the calls compared, the ratio and the files to keep, once every side has ended."""
+        try:
+            asked, sides = _answered(asked, found)
+        except UserError:
+            return [gr.skip()] * (len(LETTERS) + 3)
+        names = _called(asked)
+        cards = _padded(markup.answer_cards(asked, sides, names), "")
+        kept = self.app.kept(request.session_hash, saved.comparison(asked, sides))
+        return [*cards, markup.ratio_line(asked, sides, names), *kept]
+
+    def _vote(self, choice: str) -> Callable[..., Any]:
+        def vote(request: gr.Request, asked: dict[str, Any] | None, *found: dict[str, Any] | None) -> list[Any]:
+            with _shown():
+                asked, sides = _answered(asked, found, least=2)
+                if asked.get("voted"):
+                    raise UserError("you have voted on these answers; ask again to vote again")
+                left, right = sides[:2]
+                about = {"skill": asked["skill"], "prompt": asked["messages"][-1]["content"], "blind": asked["blind"]}
+                answers = {"left_answer": left["text"], "right_answer": right["text"]}
+                self.app.ballot.cast(choice, left=left["name"], right=right["name"], **about, **answers)
+            told = asked | {"blind": False, "voted": True}
+            names = _called(told)
+            return [
+                told,
+                markup.tally_table(self.app.ballot.tally()),
+                markup.ratio_line(told, sides, names),
+                *self.app.votes(request.session_hash),
+                *_padded(markup.answer_cards(told, sides, names), ""),
+            ]
+
+        return vote
+
+    def _look(self, request: gr.Request, asked: dict[str, Any] | None, *found: dict[str, Any] | None) -> list[Any]:
+        """Where the answers part, and what the measure makes of the others' tokens; kept with the comparison."""
+        with _shown():
+            asked, sides = _answered(asked, found, least=2)
+            rated = self.app.rated(asked, sides)
+        kept = saved.comparison(asked, sides, [[list(row) for row in rows] for rows in rated])
+        return [markup.apart(asked, sides, _called(asked), rated), *self.app.kept(request.session_hash, kept)]
+
+    def _stop(self, request: gr.Request) -> None:
+        self.app.stop_of(request.session_hash).set()
+
+    def _leave(self, request: gr.Request) -> None:
+        self.app.forget(request.session_hash)
 
 
-def _checks(text: str, question: dict[str, Any], teacher: str | None) -> str:
-    chips = [(mark.words, mark.passed) for mark in marks(question.get("check") or {}, text.strip())]
-    shown = ""
-    if question.get("tools"):
-        report = call_report(text, question["tools"], teacher)
-        if report["calls"]:
-            shown = "".join(f'<pre class="call">{escape(json.dumps(call, indent=2))}</pre>' for call in report["calls"])
-        elif report["calls"] == []:
-            shown = '<p class="call">no call</p>'
-        chips += [(error, False) for error in report["errors"]]
-        if report["calls"] and not report["errors"]:
-            chips.append(("arguments fit the schema", True))
-        if report["same_as_teacher"] is not None:
-            chips.append(("the same calls as the first side", report["same_as_teacher"]))
-    items = "".join(
-        f'<li class="{"pass" if passed else "fail"}"><span aria-hidden="true">{"✓" if passed else "✗"}</span> '
-        f'{escape(words)}<span class="sr"> {"passed" if passed else "failed"}</span></li>'
-        for words, passed in chips
-    )
-    return shown + (f'<ul class="checks">{items}</ul>' if items else "")
+def replay(found: dict[str, Any]) -> Any:
+    """A saved comparison as gradio.Blocks, without any model."""
+    with gr.Blocks(title="compressor: replay", analytics_enabled=False) as blocks:
+        gr.Markdown("# Side by side\nA saved comparison; no model is running.")
+        gr.HTML(markup.replayed(found), elem_id="replay")
+    return blocks
 
 
-def ratio_line(sides: list[dict[str, Any]], names: list[str]) -> str:
-    """How many times as fast, and how much smaller, the other sides are than the first."""
-    first, *others = sides
-    said = []
-    for side, name in zip(others, names[1:], strict=True):
-        words = []
-        ours, theirs = (found.get("figures") or {} for found in (first, side))
-        if ours.get("tokens_per_s") and theirs.get("tokens_per_s"):
-            words.append(f"{theirs['tokens_per_s'] / ours['tokens_per_s']:.1f} times the tokens/s")
-        if ours.get("ttft_s") and theirs.get("ttft_s"):
-            words.append(f"{ours['ttft_s'] / theirs['ttft_s']:.1f} times as soon")
-        if first.get("bytes") and side.get("bytes"):
-            words.append(f"{side['bytes'] / first['bytes']:.0%} of the size")
-        if words:
-            said.append(f"<strong>{escape(name)}</strong> against {escape(names[0])}: {escape(', '.join(words))}")
-    return f'<p class="ratio">{"<br>".join(said)}</p>' if said else '<p class="ratio">&nbsp;</p>'
+def _answered(
+    asked: dict[str, Any] | None, found: tuple[dict[str, Any] | None, ...], *, least: int = 1
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A question and its sides. Raises UserError unless every side has ended, and there are `least` of them."""
+    sides = [side for side in found if side is not None and ended(side)]
+    if asked is None or len(sides) < len(asked["names"]):
+        raise UserError("the answers are not there yet; ask a question, and wait for its end or stop it")
+    if len(sides) < least:
+        raise UserError("one answer has nothing to be compared with; choose two models and ask")
+    return asked, sides
 
 
-def difference_view(left: str, right: str, names: list[str]) -> str:
-    """Both answers in one text, word by word, the first divergence marked."""
-    pieces = difference(left.strip(), right.strip())
-    if all(piece.side == "same" for piece in pieces):
-        return '<p class="diff">the same words</p>'
-    words = "".join(
-        f'<span class="{piece.side}{" first" if piece.first else ""}">{escape(piece.text)}</span>' for piece in pieces
-    )
-    legend = f'<span class="left">{escape(names[0])}</span> <span class="right">{escape(names[1])}</span>'
-    return f'<p class="legend">only in {legend}; the first divergence is underlined</p><p class="diff">{words}</p>'
+def _called(asked: dict[str, Any]) -> list[str]:
+    """What the page calls each side: its letter, and its name unless that is to be hidden."""
+    return [letter if asked["blind"] else f"{letter}: {name}" for letter, name in zip(LETTERS, asked["names"])]  # noqa: B905
 
 
-def heat_line(rated: list[Rated], name: str, teacher: str) -> str:
-    """A student's tokens, coloured by the probability that the teacher gives them."""
-    agree = sum(row.agrees for row in rated)
-    tokens = "".join(
-        f'<span class="h{heat(row.probability)}" title="{row.probability:.1%}; first: {escape(repr(row.best))}">'
-        f"{escape(row.text)}</span>"
-        for row in rated
-    )
-    head = f"{agree} of {len(rated)} tokens of {escape(name)} are what {escape(teacher)} would say there"
-    return f'<p class="legend">{head}</p><p class="heat">{tokens}</p>'
+def _padded(found: list[Any], filler: Any) -> list[Any]:
+    return [*found, *[filler] * (len(LETTERS) - len(found))]
 
 
-def tally_table(rows: list[dict[str, Any]]) -> str:
-    """Votes so far, a pair of models a row."""
-    if not rows:
-        return '<p class="tally">no votes yet</p>'
-    body = ""
-    for row in rows:
-        (one, two), (wins, losses), (low, high) = row["models"], row["wins"], row["interval"]
-        share = "-" if row["share"] is None else f"{row['share']:.0%} ({low:.0%} to {high:.0%})"
-        cells = [f"{one} against {two}", str(wins), str(losses), str(row["ties"]), str(row["both_bad"]), share]
-        body += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-    head = "".join(f"<th>{word}</th>" for word in ("models", "first", "second", "tie", "both bad", "prefer the first"))
-    table = f'<table class="tally"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="scroll">{table}</div>'
+def _title(preset: Preset) -> str:
+    return preset.title if preset.title[0].isdigit() else f"{preset.title} ({preset.level})"
 
 
-def replayed(saved: dict[str, Any]) -> str:
-    """A saved comparison: the question, its answers, where they part."""
-    question, sides, names = saved["question"], saved["sides"], names_of(saved)
-    asked = "".join(
-        f"<p><strong>{escape(message['role'])}</strong> {escape(message['content'])}</p>"
-        for message in question["messages"]
-    )
-    first = sides[0]["text"]
-    cards = "".join(
-        answer_card(side, question, name=name, teacher=None if i == 0 else first)
-        for i, (side, name) in enumerate(zip(sides, names, strict=True))
-    )
-    parts = [f'<div class="asked">{asked}</div>', ratio_line(sides, names), f'<div class="sides">{cards}</div>']
-    if len(sides) > 1:
-        parts.append(difference_view(sides[0]["text"], sides[1]["text"], names))
-    if saved.get("rated"):
-        parts.append(heat_line([Rated(*row) for row in saved["rated"]], names[1], names[0]))
-    return "".join(parts)
+def _settings(most: float, temperature: float, seed: float | None) -> dict[str, Any]:
+    return {"max_new_tokens": bounded(most), "temperature": temperature, "seed": int(seed or 0)}
 
 
-def whole_page(saved: dict[str, Any]) -> str:
-    """A saved comparison as one file that needs nothing else."""
-    names = names_of(saved)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(' and '.join(names))}</title><style>{STYLE}</style></head>"
-        f'<body class="compressor"><main class="compressor">{replayed(saved)}</main></body></html>'
-    )
+@contextmanager
+def _shown() -> Iterator[None]:
+    """A UserError as the page shows it."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(str(error)) from error
+
+
+def _told(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A method whose UserError a program is shown as it is."""
+
+    @functools.wraps(call)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        with _shown():
+            return call(*args, **kwargs)
+
+    return told
+
+
+__all__ = ["CLIENTS", "Page", "replay"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from compressor.errors import UserError
 
@@ -12,11 +13,75 @@ VERSION = 1
 MOST_BYTES = 5_000_000
 
 
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Figures(BaseModel):
+    """What an answer cost. tokens_per_s counts the tokens after the first."""
+
+    tokens: int
+    ttft_s: float | None = None
+    tokens_per_s: float | None = None
+    peak_rss_bytes: int | None = None
+
+
+class Side(BaseModel):
+    """What one model said."""
+
+    name: str
+    bytes: int | None
+    text: str
+    figures: Figures | None
+    error: str | None
+
+
+class Question(BaseModel):
+    """What was asked, as `serve.app` makes it."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    histories: list[list[Message]]
+    tools: list[dict[str, Any]]
+    numbered: int
+    check: dict[str, Any]
+    measure: Annotated[int, Field(ge=0)]
+
+
+class Row(NamedTuple):
+    """A token, its probability, what the measure would have said, whether they agree."""
+
+    text: str
+    probability: float
+    best: str
+    agrees: bool
+
+
+class Comparison(BaseModel):
+    """The whole file."""
+
+    version: Literal[1]
+    question: Question
+    sides: Annotated[list[Side], Field(min_length=1)]
+    rated: list[list[Row]] | None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Comparison:
+        sides = len(self.sides)
+        if len(self.question.histories) != sides or self.question.measure >= sides:
+            raise ValueError("a side lacks its history, or the measure is no side")
+        if self.rated is not None and len(self.rated) != sides:
+            raise ValueError("rated has another number of sides")
+        return self
+
+
 def comparison(
     question: dict[str, Any], sides: list[dict[str, Any]], rated: list[list[Any]] | None = None
 ) -> dict[str, Any]:
-    """{"version", "question", "sides", "rated"}; question: messages, tools, passages, check, settings."""
-    kept = [{key: side.get(key) for key in ("name", "bytes", "text", "figures", "error")} for side in sides]
+    """What is kept of an answered question; rated: for each side, what the measure gives its tokens."""
+    kept = [{key: side.get(key) for key in Side.model_fields} for side in sides]
     return {"version": VERSION, "question": question, "sides": kept, "rated": rated}
 
 
@@ -33,27 +98,10 @@ def read(path: Path | str) -> dict[str, Any]:
             raise UserError(
                 f"{path} has more than {MOST_BYTES:,} bytes; expected a saved comparison; choose another file"
             )
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return Comparison.model_validate_json(path.read_bytes()).model_dump()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; expected a saved comparison; check the path") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); expected a saved comparison; save one from the app") from error
-    check(found, str(path))
-    return found
-
-
-def check(found: Any, what: str) -> None:
-    """Raise UserError where `found` is no comparison."""
-    try:
-        if found["version"] != VERSION:
-            raise UserError(f"{what} is of version {found['version']}; expected {VERSION}; save it again")
-        texts = [message["content"] for message in found["question"]["messages"]]
-        texts += [side[key] for side in found["sides"] for key in ("name", "text")]
-        rows = found.get("rated") or []
-        right = bool(found["sides"]) and all(isinstance(text, str) for text in texts)
-        right = right and all(isinstance(r[0], str) and isinstance(r[1], float) and len(r) == 4 for r in rows)
-        right = right and all(isinstance(found["question"].get(key, []), list) for key in ("tools", "passages"))
-    except (KeyError, TypeError, IndexError, AttributeError):
-        right = False
-    if not right:
-        raise UserError(f"{what} is no comparison; expected what the app saves; save one from the app")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path} is no comparison ({where}: {first['msg']}); expected what the app saves") from error

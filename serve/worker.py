@@ -1,22 +1,18 @@
-"""One model in a process of its own, so that a page outlives it: JSON lines in, JSON lines out.
+"""One model in a process of its own, so that a page outlives it.
 
-{"do": "load", "what": ...}                                    -> {"ready": facts}
-{"do": "stream", "id": 1, "messages": [...], ...}              -> {"text": ...}* {"done": figures}
-{"do": "rate", "messages": [...], "answer": ids}               -> {"rated": [[text, probability, best], ...]}
-{"cancel": 1}                                                  ends that stream at its next token
-Whatever fails is {"error": one line}.
+{"do": "load", "what": ...}                                 -> facts
+{"do": "stream", "id": 1, "messages": [...], ...}           -> {"text": ...}* {"done": figures}
+{"do": "rate", "messages": [...], "answer": ids}            -> {"rated": [[text, probability, best, agrees], ...]}
+{"do": "cancel", "id": 1}                                   ends that stream at its next token
 """
 
 from __future__ import annotations
 
-import json
-import os
-import queue
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+
+from compressor.child import answer
 
 
 class Worker:
@@ -26,13 +22,21 @@ class Worker:
         self.runtime: Any = None
         self.cancelled = -1  # the stream that is to end
 
-    def load(self, what: str, threads: int | None = None) -> Iterator[dict[str, Any]]:
+    def cancel(self, id: int) -> None:
+        """End a stream; whoever reads it gets its figures all the same."""
+        self.cancelled = id
+
+    def load(self, what: str, threads: int | None = None) -> dict[str, Any]:
         """Open the model."""
         from compressor import runtime as runtimes
 
         self.runtime = runtimes.load(what, threads=threads)
-        facts = {"runtime": runtimes.name_of(self.runtime), "context": self.runtime.context}
-        yield {"ready": facts | {"bytes": self.runtime.nbytes, "parameters": self.runtime.parameters}}
+        return {
+            "runtime": runtimes.name_of(self.runtime),
+            "context": self.runtime.context,
+            "bytes": self.runtime.nbytes,
+            "parameters": self.runtime.parameters,
+        }
 
     def stream(
         self,
@@ -72,7 +76,7 @@ class Worker:
 
     def rate(
         self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None, answer: list[int]
-    ) -> Iterator[dict[str, Any]]:
+    ) -> dict[str, Any]:
         """What this model gives each token of another's answer, in one pass."""
         import torch
 
@@ -82,8 +86,7 @@ class Worker:
         prompt = prompt_ids({"messages": messages, "tools": tools or None}, tokenizer)
         answer = answer[: max(0, self.runtime.context - len(prompt) - 1)]
         if not answer:
-            yield {"rated": []}
-            return
+            return {"rated": []}
         logits_TV = self.runtime.logits(torch.tensor(prompt + answer))[len(prompt) - 1 : -1]
         chances_TV = logits_TV.softmax(-1)
         best_T = chances_TV.argmax(-1).tolist()
@@ -92,7 +95,7 @@ class Worker:
             [tokenizer.decode([token]), chance, tokenizer.decode([best]), token == best]
             for token, chance, best in zip(answer, chances_T, best_T, strict=True)
         ]
-        yield {"rated": rows}
+        return {"rated": rows}
 
 
 class _Clock:
@@ -112,29 +115,5 @@ class _Clock:
                 return
 
 
-def main() -> None:
-    """Answer commands until the input ends. Anything a library prints goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    worker, commands = Worker(), queue.Queue[dict[str, Any] | None]()
-
-    def listen() -> None:  # beside the work, so that a cancellation is heard during it
-        for line in sys.stdin:
-            command = json.loads(line)
-            if "cancel" in command:
-                worker.cancelled = command["cancel"]
-            else:
-                commands.put(command)
-        commands.put(None)
-
-    threading.Thread(target=listen, daemon=True).start()
-    while (command := commands.get()) is not None:
-        try:
-            for found in getattr(worker, command.pop("do"))(**command):
-                answers.write(json.dumps(found) + "\n")
-        except Exception as error:  # whatever it is, the page shows one line
-            answers.write(json.dumps({"error": " ".join(str(error).split()) or type(error).__name__}) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    answer(Worker(), at_once=("cancel",))

@@ -25,17 +25,16 @@ def served(tmp_path_factory):
     """The demo teacher beside its own int4 graph, on a free port."""
     folder = tmp_path_factory.mktemp("serve")
     export.export(DEMO_FOLDER, export.parse("onnx-int4"), folder / "onnx-int4")
-    blocks = serve.launch([str(DEMO_FOLDER), str(folder / "onnx-int4")], port=0, wait=False, threads=1)
-    yield blocks
-    blocks.app_of_models.close()
-    blocks.close(verbose=False)
+    found = serve.launch([str(DEMO_FOLDER), str(folder / "onnx-int4")], port=0, wait=False, threads=1)
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="module")
 def client(served):
     from gradio_client import Client
 
-    return Client(served.local_url, verbose=False, httpx_kwargs={"timeout": 120})
+    return Client(served.url, verbose=False, httpx_kwargs={"timeout": 120})
 
 
 TEACHER, STUDENT = DEMO_FOLDER.name, "onnx-int4"
@@ -48,7 +47,7 @@ def test_programs_compare_and_vote(client, served):
     assert all(side["figures"]["tokens"] == 3 and not side["error"] for side in found["sides"])
     vote = client.predict("right", TEACHER, STUDENT, WORDS, api_name="/vote")
     assert (vote["winner"], vote["prompt"]) == (STUDENT, WORDS)
-    assert served.app_of_models.ballot.tally()[0]["both_bad"] == 0
+    assert served.app.ballot.tally()[0]["both_bad"] == 0
 
 
 @pytest.mark.parametrize(
@@ -77,10 +76,10 @@ def test_many_clients_get_their_own_answers(client):
 
 
 def test_a_killed_model_does_not_take_the_page_down(client, served):
-    model = served.app_of_models.models[TEACHER]
+    model = served.app.models[TEACHER]
     client.predict(WORDS, [TEACHER], api_name="/compare")
-    question = served.app_of_models.question(WORDS, names=[TEACHER], settings={"max_new_tokens": 200})
-    sides = served.app_of_models.answer(question, 0, threading.Event())
+    question = served.app.question(WORDS, names=[TEACHER], settings={"max_new_tokens": 200})
+    sides = served.app.answer(question, 0, threading.Event())
     next(sides)
     os.kill(model.pid, signal.SIGKILL)
     last = list(sides)[-1]
@@ -89,7 +88,7 @@ def test_a_killed_model_does_not_take_the_page_down(client, served):
 
 
 def test_stopping_ends_an_answer_and_frees_the_model(served):
-    app = served.app_of_models
+    app = served.app
     stop = threading.Event()
     question = app.question("Tell me a story.", names=[TEACHER], settings={"max_new_tokens": 400})
     sides = app.answer(question, 0, stop)
@@ -107,7 +106,7 @@ def test_no_file_of_the_machine_can_be_had(served, path):
     import httpx
 
     for route in ("gradio_api/file=", "file="):
-        answer = httpx.get(f"{served.local_url}{route}{path}")
+        answer = httpx.get(f"{served.url}{route}{path}")
         assert answer.status_code in (403, 404)
 
 
@@ -177,7 +176,7 @@ def ask(tab, skill: str) -> None:
 @needs_chromium
 def test_a_person_asks_in_every_tab_votes_keeps_and_replays(served, browser, tmp_path):
     tab = browser.new_page(viewport={"width": 1280, "height": 1000}, accept_downloads=True)
-    tab.goto(served.local_url)
+    tab.goto(served.url)
     tab.wait_for_selector("#ask-instruction")
     ask(tab, "instruction")
     assert tab.locator("#side-A .checks li").count() >= 1
@@ -195,11 +194,11 @@ def test_a_person_asks_in_every_tab_votes_keeps_and_replays(served, browser, tmp
     names = tab.inner_text("#side-A .name") + tab.inner_text("#side-B .name")
     assert TEACHER not in names
     assert STUDENT not in names
-    before = len(served.app_of_models.ballot.votes)
+    before = len(served.app.ballot.votes)
     tab.click("#vote-tie")
     tab.locator(".name", has_text=TEACHER).wait_for()
-    assert len(served.app_of_models.ballot.votes) == before + 1
-    assert served.app_of_models.ballot.votes[-1]["blind"] is True
+    assert len(served.app.ballot.votes) == before + 1
+    assert served.app.ballot.votes[-1]["blind"] is True
     tab.get_by_text("Difference, and what").click()
     tab.click("#look")
     tab.wait_for_selector("#heat .heat", timeout=60_000)
@@ -216,12 +215,12 @@ def test_a_person_asks_in_every_tab_votes_keeps_and_replays(served, browser, tmp
     replayed = serve.launch([], replay=tmp_path / "save-json", port=0, wait=False)
     try:
         tab = browser.new_page(viewport={"width": 390, "height": 844})
-        tab.goto(replayed.local_url)
+        tab.goto(replayed.url)
         tab.wait_for_selector("#replay .side .text")
         assert tab.locator("#replay .side").count() == 2
         assert json.dumps(kept["sides"][0]["text"].strip()[:20])[1:-1] in json.dumps(tab.inner_text("#replay"))
     finally:
-        replayed.close(verbose=False)
+        replayed.close()
 
 
 @needs_chromium
@@ -229,7 +228,7 @@ def test_mistakes_are_shown_and_harm_nothing(served, browser):
     tab = browser.new_page()
     shown: list[str] = []
     tab.on("dialog", lambda dialog: shown.append(dialog.message) or dialog.dismiss())
-    tab.goto(served.local_url)
+    tab.goto(served.url)
     tab.wait_for_selector("#ask-instruction")
     tab.fill("#prompt-instruction textarea", "<script>alert(1)</script><img src=x onerror=alert(2)>")
     tab.click("#ask-instruction")
