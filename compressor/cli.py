@@ -290,7 +290,9 @@ def serve(
     right: Annotated[str | None, typer.Option(help="A model to put beside it.")] = None,
     port: Annotated[int, typer.Option(help="Of the page.", min=1, max=65535)] = 7860,
     host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs --auth.")] = "127.0.0.1",
-    auth: Annotated[str | None, typer.Option(metavar="USER:PASSWORD", help="What the page asks for.")] = None,
+    auth: Annotated[
+        str | None, typer.Option(envvar="COMPRESSOR_AUTH", metavar="USER:PASSWORD", help="What the page asks for.")
+    ] = None,
     replay: Annotated[Path | None, typer.Option(help="A saved comparison (JSON), shown without any model.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of each model. [default: its runtime's choice]", min=1)] = None,
 ) -> None:

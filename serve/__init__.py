@@ -9,6 +9,8 @@ process of its own (`worker`). Only compressor's cli imports this package.
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +58,9 @@ def launch(
     Raises UserError for what cannot be offered, a host without auth, and a port that is taken.
     """
     if host not in LOOPBACK and not auth:
-        raise UserError(f"{host} can be reached by others; expected a password; give --auth USER:PASSWORD")
+        raise UserError(
+            f"{host} can be reached by others; expected a password; give --auth USER:PASSWORD, or COMPRESSOR_AUTH"
+        )
     user, _, password = (auth or "").partition(":")
     if auth and not (user and password):
         raise UserError("--auth is no USER:PASSWORD; expected both, with a colon between; write it so")
@@ -96,6 +100,7 @@ def launch(
     served = Served(url, app, blocks)
     say(f"serving on {url} (Ctrl-C ends it)")
     if wait:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a container's first process has no default for it
         try:
             blocks.block_thread()
         finally:

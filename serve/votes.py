@@ -39,10 +39,9 @@ class Ballot:
         winner = {"left": left, "right": right}.get(choice)
         vote = {"time": round(time.time(), 3), "left": left, "right": right, "choice": choice, "winner": winner} | about
         with self._lock:
-            self.votes.append(vote)
             if self._path is not None:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(vote, ensure_ascii=False) + "\n")
+                _append(self._path, json.dumps(vote, ensure_ascii=False) + "\n")
+            self.votes.append(vote)
         return vote
 
     def tally(self) -> list[dict[str, Any]]:
@@ -94,6 +93,14 @@ def wilson(wins: float, count: int) -> tuple[float | None, float, float]:
     middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     reach = Z / (1 + Z**2 / count) * (share * (1 - share) / count + Z**2 / (4 * count**2)) ** 0.5
     return share, max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; expected a folder to keep votes in") from error
 
 
 def _tame(value: Any) -> Any:

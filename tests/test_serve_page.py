@@ -1,53 +1,76 @@
-"""The page itself: driven by gradio's client, and by Chromium where there is one."""
+"""The page itself, on a run made for it: driven by gradio's client, and by Chromium where there is one."""
 
 import json
 import os
 import shutil
 import signal
 import threading
-from pathlib import Path
+import time
 
 import pytest
 
-import export
+import compressor
 import serve
 from compressor.checkpoint import DEMO_FOLDER
 from compressor.errors import UserError
-from serve import page, saved
+from serve import markup, saved
+from serve.app import App
+from serve.models import Offer
+from serve.votes import Ballot
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 WORDS = "Write in reverse order the words basket and ladder, with hyphens between them, with capital initials."
+TEACHER, STUDENT, INT4 = "teacher", "student", "onnx-int4"
+TABS = {"instruction": "Instructions", "rag": "Retrieval", "tools": "Functions", "roleplay": "Role play"}
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """The demo teacher beside its own int4 graph, on a free port."""
-    folder = tmp_path_factory.mktemp("serve")
-    export.export(DEMO_FOLDER, export.parse("onnx-int4"), folder / "onnx-int4")
-    found = serve.launch([str(DEMO_FOLDER), str(folder / "onnx-int4")], port=0, wait=False, threads=1)
+def run(tmp_path_factory):
+    """A finished run as `make demo` leaves one, pruned so little that its student needs no long distillation."""
+    folder = tmp_path_factory.mktemp("serve") / "run"
+    small = {
+        "importance": {"samples": 32},
+        "distill": {"tokens": 2000, "lr": 1e-6, "min_lr": 0.0, "warmup_steps": 1, "heldout_rows": 8},
+        "evaluate": {"tokens": 1000, "prompts": 4},
+    }
+    compressor.distill({"teacher": "demo", "target": "90%", **small}, out=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(run):
+    found = serve.launch([str(run)], port=0, wait=False, threads=1)
     yield found
     found.close()
 
 
 @pytest.fixture(scope="module")
 def client(served):
+    return connect(served)
+
+
+def connect(served):
     from gradio_client import Client
 
     return Client(served.url, verbose=False, httpx_kwargs={"timeout": 120})
 
 
-TEACHER, STUDENT = DEMO_FOLDER.name, "onnx-int4"
+def test_a_run_offers_its_teacher_its_student_and_every_artifact(served, run):
+    assert list(served.app.offers) == [TEACHER, STUDENT, INT4]
+    assert [offer.teacher for offer in served.app.offers.values()] == [True, False, False]
+    assert served.app.offers[INT4].nbytes < served.app.offers[STUDENT].nbytes < served.app.offers[TEACHER].nbytes
 
 
-def test_programs_compare_and_vote(client, served):
-    found = client.predict(WORDS, [TEACHER, STUDENT], api_name="/compare")
-    saved.check(found, "answer")
-    assert [side["text"] for side in found["sides"]] == ["Ladder-Basket"] * 2
-    assert all(side["figures"]["tokens"] == 3 and not side["error"] for side in found["sides"])
+def test_programs_compare_and_vote(client, served, run):
+    found = client.predict(WORDS, [TEACHER, STUDENT, INT4], api_name="/compare")
+    saved.Comparison.model_validate(found)
+    assert found["sides"][0]["text"] == "Ladder-Basket"
+    assert all(side["figures"]["tokens"] > 1 and not side["error"] for side in found["sides"])
     vote = client.predict("right", TEACHER, STUDENT, WORDS, api_name="/vote")
     assert (vote["winner"], vote["prompt"]) == (STUDENT, WORDS)
-    assert served.app.ballot.tally()[0]["both_bad"] == 0
+    assert served.app.ballot.tally()[0]["wins"] == (1, 0)  # of the student against the teacher
+    assert json.loads((run / "votes.jsonl").read_text().splitlines()[-1])["winner"] == STUDENT
 
 
 @pytest.mark.parametrize(
@@ -66,13 +89,16 @@ def test_what_programs_get_wrong_is_told_in_a_line(client, call, says):
         client.predict(*arguments, api_name=endpoint)
 
 
-def test_many_clients_get_their_own_answers(client):
-    pairs = [("basket", "ladder"), ("river", "candle"), ("ladder", "river"), ("candle", "basket")]
-    asked = [WORDS.replace("basket and ladder", f"{one} and {two}") for one, two in pairs]
-    alone = [client.predict(prompt, [TEACHER], api_name="/compare")["sides"][0]["text"] for prompt in asked]
-    jobs = [client.submit(prompt, [TEACHER], api_name="/compare") for prompt in asked]
-    assert [job.result(timeout=120)["sides"][0]["text"] for job in jobs] == alone
-    assert len(set(alone)) == 4
+def test_ten_users_get_their_own_answers(served):
+    words = ["basket", "ladder", "river", "candle", "window"]
+    pairs = [(one, two) for one in words for two in words if one != two][:10]
+    clients = [connect(served) for _ in pairs]
+    jobs = [
+        client.submit(WORDS.replace("basket and ladder", f"{one} and {two}"), [TEACHER], api_name="/compare")
+        for client, (one, two) in zip(clients, pairs, strict=True)
+    ]
+    for job, (one, two) in zip(jobs, pairs, strict=True):
+        assert job.result(timeout=120)["sides"][0]["text"] == f"{two}-{one}".title()
 
 
 def test_a_killed_model_does_not_take_the_page_down(client, served):
@@ -101,13 +127,48 @@ def test_stopping_ends_an_answer_and_frees_the_model(served):
     app.models[TEACHER]._turn.release()
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", str(DEMO_FOLDER / "config.json"), "pyproject.toml"])
-def test_no_file_of_the_machine_can_be_had(served, path):
+def test_no_file_of_the_machine_can_be_had_but_the_report(served, run):
     import httpx
 
-    for route in ("gradio_api/file=", "file="):
-        answer = httpx.get(f"{served.url}{route}{path}")
-        assert answer.status_code in (403, 404)
+    secret = run.parent / "secret.txt"
+    secret.write_text("secret")
+    hidden = ["/etc/passwd", DEMO_FOLDER / "config.json", "pyproject.toml", secret, run / "recipe.yaml"]
+    hidden += [run / ".." / "secret.txt", f"{run}/report.html/../../secret.txt", run / "student" / "config.json"]
+    for path in hidden:
+        for route in ("gradio_api/file=", "file="):
+            assert httpx.get(f"{served.url}{route}{path}").status_code in (403, 404), path
+    assert httpx.get(f"{served.url}gradio_api/file={run / 'report.html'}").status_code == 200
+
+
+def test_models_rest_to_make_room_but_not_those_that_are_asked(run, monkeypatch):
+    offers = [Offer(name, str(DEMO_FOLDER), 10**6) for name in "abc"]
+    app = App(offers, Ballot(), threads=1)
+    loaded: set[str] = set()
+    for name, model in app.models.items():
+        monkeypatch.setattr(type(model), "state", property(lambda m: "ready" if m.offer.name in loaded else "asleep"))
+        monkeypatch.setattr(model, "rest", lambda name=name: loaded.discard(name))
+    monkeypatch.setattr("serve.app.has_room", lambda offer: len(loaded) < 2)  # a machine with room for two
+    for name, keep in (("a", "a"), ("b", "ab"), ("c", "ac")):
+        app._make_room(name, keep=list(keep))
+        loaded.add(name)
+    assert loaded == {"a", "c"}  # b was asked after a, but a is part of the question
+    app.close()
+
+
+def test_a_conversation_goes_on_from_each_sides_own_answers(served):
+    app = served.app
+    asked = app.question("Hello!", names=[STUDENT, TEACHER], skill="chat", system="Be kind.")
+    assert asked["measure"] == 1  # the teacher, wherever it stands
+    sides = [{"text": "Hi."}, {"text": "Good day."}]
+    grown = app.follow(asked, sides, "And now?", {"seed": 3})
+    from serve.app import turns
+
+    told = [[turn["content"] for turn in turns(grown, place)] for place in (0, 1)]
+    assert told == [["Be kind.", "Hello!", "Hi.", "And now?"], ["Be kind.", "Hello!", "Good day.", "And now?"]]
+    again = app.follow(grown, [{"text": "x"}, {"text": "y" * 19_990}], "On?", {})
+    assert [turn["content"] for turn in turns(again, 0)][1:] == ["Hello!", "Hi.", "And now?", "x", "On?"]
+    with pytest.raises(UserError, match="expected at most 20,000; shorten"):
+        app.follow(again, sides, "more", {})
 
 
 def test_others_are_let_in_with_a_password_only():
@@ -123,31 +184,67 @@ def test_words_of_models_and_people_are_escaped(tmp_path):
     evil = "<script>alert(1)</script>"
     question = {
         "messages": [{"role": "user", "content": evil}],
+        "histories": [[{"role": evil, "content": evil}]] * 2,
         "check": {"contains": [evil]},
         "tools": [],
-        "passages": [evil],
         "numbered": 1,
+        "measure": 0,
     }
     figures = {"tokens": 1, "ttft_s": 0.1, "tokens_per_s": None, "peak_rss_bytes": None}
     sides = [{"name": evil, "bytes": 1, "text": evil + " [9]", "figures": figures, "error": evil}] * 2
-    whole = page.whole_page(saved.comparison(question, sides, [[evil, 0.5, evil, False]]))
+    whole = markup.whole_page(saved.comparison(question, sides, [[], [[evil, 0.5, evil, False]]]))
     assert "<script" not in whole
     assert whole.count("&lt;script&gt;") > 8
     assert '<mark class="nocite" title="no such passage">[9]</mark>' in whole
 
 
+GOOD = {
+    "version": 1,
+    "question": {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "histories": [[]],
+        "tools": [],
+        "numbered": 0,
+        "check": {},
+        "measure": 0,
+    },
+    "sides": [{"name": "a", "bytes": None, "text": "Ho", "figures": None, "error": None}],
+    "rated": None,
+}
+
+
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"version": 2}', '{"version": 1, "question": {"messages": [{}]}, "sides": []}']
+    ("changes", "where"),
+    [
+        ({"version": 2}, "version: "),
+        ({"sides": []}, "sides: "),
+        ({"sides": [GOOD["sides"][0] | {"text": 3}]}, "sides.0.text: "),
+        ({"question": GOOD["question"] | {"measure": 1}}, "the file: .* the measure is no side"),
+        ({"rated": [[["a", "b", "c", True]]]}, "rated.0.0.1: "),
+    ],
 )
-def test_a_file_that_is_no_comparison_is_one_line(tmp_path, text):
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UserError, match=r"x\.json is (no JSON|no comparison|of version)"):
-        saved.read(tmp_path / "x.json")
+def test_a_file_that_is_no_comparison_is_one_line(tmp_path, changes, where):
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(GOOD))
+    assert markup.replayed(saved.read(file))
+    file.write_text(json.dumps(GOOD | changes))
+    with pytest.raises(UserError, match=rf"x\.json is no comparison \({where}"):
+        saved.read(file)
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"x\.json is no comparison \(the file: Invalid JSON"):
+        saved.read(file)
     with pytest.raises(UserError, match=r"cannot read .*: No such file"):
         saved.read(tmp_path / "y.json")
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------
+
+SHIFTS = """
+window.shifted = 0;
+new PerformanceObserver(list => {
+  for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shifted += entry.value;
+}).observe({type: 'layout-shift'});
+"""
 
 
 @pytest.fixture(scope="module")
@@ -160,85 +257,228 @@ def browser():
         found.close()
 
 
+def opened(browser, url: str, **settings):
+    tab = browser.new_page(**settings)
+    tab.goto(url)
+    tab.wait_for_selector("#ask-instruction")
+    return tab
+
+
+def turn_to(tab, title: str) -> None:
+    """Choose a tab, through the overflow menu where the page is too narrow for all."""
+    button = tab.get_by_role("tab", name=title)
+    if not button.first.is_visible():
+        tab.locator(".overflow-menu > button").first.click()
+        button = tab.locator(".overflow-dropdown button", has_text=title)
+    button.first.click()
+
+
 def ask(tab, skill: str) -> None:
-    """Take the first preset of a tab and wait for both answers."""
+    """Take the first preset of a tab and wait for the answers."""
     tab.click(f"#preset-{skill} input")
     tab.keyboard.press("ArrowDown")
     tab.keyboard.press("Enter")
     tab.wait_for_function(f"document.querySelector('#prompt-{skill} textarea').value.length > 5")
-    tab.evaluate("document.querySelectorAll('.figures, #ratio strong').forEach(old => old.remove())")
     tab.click(f"#ask-{skill}")
-    for side in "AB":
-        tab.wait_for_selector(f"#side-{side} .figures", timeout=60_000)
-    tab.wait_for_selector("#ratio strong", timeout=20_000)
+    wait_for_answers(tab)
+
+
+def wait_for_answers(tab) -> None:
+    """A question empties the files to keep, so the old answers' end is not taken for the new ones'."""
+    tab.wait_for_function("[...document.querySelectorAll('.side')].some(side => !side.querySelector('.over'))")
+    tab.wait_for_function(
+        "[...document.querySelectorAll('.side')].every(side => side.querySelector('.over'))", timeout=60_000
+    )
 
 
 @needs_chromium
 def test_a_person_asks_in_every_tab_votes_keeps_and_replays(served, browser, tmp_path):
-    tab = browser.new_page(viewport={"width": 1280, "height": 1000}, accept_downloads=True)
-    tab.goto(served.url)
-    tab.wait_for_selector("#ask-instruction")
+    tab = opened(browser, served.url, viewport={"width": 1280, "height": 1000}, accept_downloads=True)
     ask(tab, "instruction")
-    assert tab.locator("#side-A .checks li").count() >= 1
-    tab.get_by_role("tab", name="Retrieval").click()
+    assert tab.locator("#side-A .checks .pass").count() >= 1
+    assert tab.locator(".sides-row .side").count() == 3
+    assert "student against A: teacher" in tab.inner_text("#ratio").replace("B: ", "")
+    turn_to(tab, "Retrieval")
     ask(tab, "rag")
     assert tab.locator("#side-A mark.cite").count() >= 1
-    tab.get_by_role("tab", name="Functions").click()
+    turn_to(tab, "Functions")
     ask(tab, "tools")
-    assert tab.locator("#side-A pre.call, #side-A p.call").count() >= 1
-    assert "calls" in tab.inner_text("#side-B .checks")
-    tab.get_by_role("tab", name="Role play").click()
+    assert tab.locator("#side-A pre.call").count() >= 1
+    tab.locator("#side-B .checks li", has_text="the same calls as A: teacher").locator("visible=true").wait_for()
+    turn_to(tab, "Chat")
+    tab.fill("#prompt-chat textarea", WORDS)
+    tab.click("#ask-chat")
+    wait_for_answers(tab)
+    assert tab.inner_text("#side-A .text") == "Ladder-Basket"
+    tab.fill("#prompt-chat textarea", WORDS.replace("basket", "river"))
+    tab.click("#follow-chat")
+    wait_for_answers(tab)
+    assert tab.locator("#side-A .turn").all_inner_texts() == [WORDS, "Ladder-Basket"]
+    turn_to(tab, "Role play")
     tab.get_by_text("Settings").click()
     tab.get_by_label("Blind").check()
     ask(tab, "roleplay")
-    names = tab.inner_text("#side-A .name") + tab.inner_text("#side-B .name")
-    assert TEACHER not in names
-    assert STUDENT not in names
+    assert not {TEACHER, STUDENT, INT4} & set(tab.inner_text(".sides-row").split())
     before = len(served.app.ballot.votes)
     tab.click("#vote-tie")
     tab.locator(".name", has_text=TEACHER).wait_for()
+    tab.click("#vote-tie")
+    tab.wait_for_selector("text=you have voted on these answers")
     assert len(served.app.ballot.votes) == before + 1
     assert served.app.ballot.votes[-1]["blind"] is True
-    tab.get_by_text("Difference, and what").click()
+    tab.get_by_text("Difference, and how").click()
     tab.click("#look")
-    tab.wait_for_selector("#heat .heat", timeout=60_000)
+    tab.wait_for_selector("#apart .heat", timeout=60_000)
+    assert tab.locator("#apart .heat").count() == 2
     tab.get_by_text("Keep and replay").click()
-    for button in ("save-json", "save-html", "votes-csv"):
+    for button in ("save-json", "save-html", "votes-json", "votes-csv", "report"):
         with tab.expect_download(timeout=30_000) as download:
             tab.click(f"#{button}")
         download.value.save_as(tmp_path / button)
     assert "choice" in (tmp_path / "votes-csv").read_text()
+    assert len(json.loads((tmp_path / "votes-json").read_text())["votes"]) == before + 1
     assert "<script" not in (tmp_path / "save-html").read_text()
+    assert "2,9" in (tmp_path / "report").read_text()  # parameters of the student
     kept = saved.read(tmp_path / "save-json")
-    assert len(kept["sides"]) == 2
+    assert [bool(rows) for rows in kept["rated"]].count(True) == 2
     tab.close()
     replayed = serve.launch([], replay=tmp_path / "save-json", port=0, wait=False)
     try:
         tab = browser.new_page(viewport={"width": 390, "height": 844})
         tab.goto(replayed.url)
         tab.wait_for_selector("#replay .side .text")
-        assert tab.locator("#replay .side").count() == 2
-        assert json.dumps(kept["sides"][0]["text"].strip()[:20])[1:-1] in json.dumps(tab.inner_text("#replay"))
+        assert tab.locator("#replay .side").count() == 3
+        assert tab.locator("#replay .text").all_inner_texts() == [side["text"].strip() for side in kept["sides"]]
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     finally:
         replayed.close()
 
 
 @needs_chromium
-def test_mistakes_are_shown_and_harm_nothing(served, browser):
-    tab = browser.new_page()
-    shown: list[str] = []
-    tab.on("dialog", lambda dialog: shown.append(dialog.message) or dialog.dismiss())
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_moves_while_answers_stream_in(served, browser, width):
+    tab = browser.new_page(viewport={"width": width, "height": 1600})
+    tab.add_init_script(SHIFTS)
     tab.goto(served.url)
     tab.wait_for_selector("#ask-instruction")
+    for skill, title in TABS.items():
+        turn_to(tab, title)
+        ask(tab, skill)
+        tab.evaluate("window.shifted = 0")  # tabs and their inputs may move things, answers may not
+        tab.click(f"#ask-{skill}")
+        wait_for_answers(tab)
+        time.sleep(0.3)
+        assert tab.evaluate("window.shifted") < 0.02, skill
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    tab.close()
+
+
+@needs_chromium
+def test_the_page_can_be_used_with_the_keyboard_alone(served, browser):
+    tab = opened(browser, served.url)
+
+    def reach(selector: str, key: str = "Tab") -> None:
+        for _ in range(60):
+            if tab.evaluate(f"document.activeElement.matches('{selector}')"):
+                return
+            tab.keyboard.press(key)
+        raise AssertionError(f"{selector} cannot be reached")
+
+    reach("#prompt-instruction textarea")
+    tab.keyboard.type(WORDS)
+    reach("#ask-instruction")
+    tab.keyboard.press("Enter")
+    wait_for_answers(tab)
+    reach("#side-A .body")  # a long answer can be scrolled
+    reach("#vote-left")
+    before = len(served.app.ballot.votes)
+    tab.keyboard.press("Space")
+    tab.wait_for_function("document.querySelector('#tally').innerText.includes('against')")
+    assert len(served.app.ballot.votes) == before + 1
+    tab.close()
+
+
+@needs_chromium
+def test_the_stop_button_ends_every_side_and_frees_the_models(served, browser, monkeypatch):
+    tab = opened(browser, served.url)
+    slow(monkeypatch)
+    tab.fill("#prompt-instruction textarea", WORDS)
+    tab.click("#ask-instruction")
+    tab.wait_for_function("document.querySelector('#side-A .text').innerText.trim().length > 0", timeout=60_000)
+    tab.click("#stop")
+    for side in "ABC":
+        tab.wait_for_selector(f"#side-{side} .state:has-text('stopped')", timeout=20_000)
+    monkeypatch.undo()
+    tab.click("#ask-instruction")  # the models are free again
+    wait_for_answers(tab)
+    assert tab.inner_text("#side-A .text") == "Ladder-Basket"
+    tab.close()
+
+
+def slow(monkeypatch) -> None:
+    """Answers that take seconds, as a large model's do."""
+    stream = App.answer
+
+    def slowly(self, *arguments):
+        for side in stream(self, *arguments):
+            time.sleep(1)
+            yield side
+
+    monkeypatch.setattr(App, "answer", slowly)
+
+
+@needs_chromium
+def test_two_people_stream_side_by_side(served, browser, monkeypatch):
+    asked = {"river": "Ladder-River", "candle": "Ladder-Candle"}
+    tabs = {word: opened(browser, served.url) for word in asked}
+    for word, tab in tabs.items():
+        tab.fill("#prompt-instruction textarea", WORDS.replace("basket", word))
+    slow(monkeypatch)
+    for tab in tabs.values():
+        tab.click("#ask-instruction")
+    for word, tab in tabs.items():
+        wait_for_answers(tab)
+        assert tab.inner_text("#side-A .text") == asked[word]
+        tab.close()
+
+
+@needs_chromium
+def test_mistakes_are_shown_and_harm_nothing(served, browser):
+    tab = opened(browser, served.url)
+    shown: list[str] = []
+    tab.on("dialog", lambda dialog: shown.append(dialog.message) or dialog.dismiss())
     tab.fill("#prompt-instruction textarea", "<script>alert(1)</script><img src=x onerror=alert(2)>")
     tab.click("#ask-instruction")
-    tab.wait_for_selector("#side-B .figures", timeout=60_000)
+    wait_for_answers(tab)
     tab.fill("#prompt-instruction textarea", "  ")
     tab.click("#ask-instruction")
     tab.wait_for_selector("text=the prompt is empty")
+    turn_to(tab, "Functions")
+    tab.click("#functions .cm-content")
+    tab.keyboard.type("[1")
+    tab.fill("#prompt-tools textarea", "Book a seat.")
+    tab.click("#ask-tools")
+    tab.wait_for_selector("text=the schemas are no JSON")
+    turn_to(tab, "Chat")
+    tab.fill("#prompt-chat textarea", "And?")
+    tab.click("#follow-chat")
+    tab.wait_for_selector("text=the last question was asked under Instructions; ask here first")
     assert not shown
     tab.close()
 
 
-def test_the_prompts_of_the_library_are_packaged():
-    assert (Path(serve.__file__).parent / "style.css").is_file()
+@needs_chromium
+def test_a_model_that_is_killed_shows_its_error_beside_the_other(served, browser, monkeypatch):
+    tab = opened(browser, served.url)
+    tab.fill("#prompt-instruction textarea", WORDS)
+    slow(monkeypatch)
+    tab.click("#ask-instruction")
+    tab.wait_for_function("document.querySelector('#side-B .text').innerText.trim().length > 0", timeout=60_000)
+    os.kill(served.app.models[TEACHER].pid, signal.SIGKILL)
+    tab.wait_for_selector("#side-B .over", timeout=60_000)
+    state = tab.inner_text("#side-A")
+    assert "Ladder-Basket" in state or "the process of teacher ended with code -9" in state
+    monkeypatch.undo()
+    tab.click("#ask-instruction")
+    tab.wait_for_selector("#side-A .over", timeout=60_000)
+    tab.close()
