@@ -18,7 +18,6 @@ COPY compressor ./compressor
 COPY export ./export
 COPY serve ./serve
 ARG PIP_EXTRA_INDEX_URL
-ARG PIP_FIND_LINKS
 RUN python3 -m venv /opt/venv \
  && /opt/venv/bin/pip install --quiet --no-cache-dir --constraint constraints.txt . \
  && rm -rf /opt/compressor

@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: help install demo test acceptance llama-cpp web optimum lint format docs clean
+# Where `make image` builds; a root folder, removed before.
+IMAGE_ROOT ?= /tmp/compressor-image
+
+.PHONY: help install demo test acceptance llama-cpp web optimum image lint format docs clean
 
 help:
 	@echo "make demo        install, then distill the embedded teacher to half its size (minutes)"
@@ -13,6 +16,7 @@ help:
 	@echo "make llama-cpp   build llama.cpp, then hold GGUF files to it (minutes)"
 	@echo "make web         load an exported folder in headless Chromium with transformers.js"
 	@echo "make optimum     load an exported folder with optimum's ORTModelForCausalLM, in an environment of its own"
+	@echo "make image       run the Dockerfile's steps and commands in a clean Debian (root, debootstrap; minutes)"
 	@echo "make lint        ruff and pyright"
 
 # The pip that comes with venv may not know dependency groups; the constraints pin everything.
@@ -51,6 +55,10 @@ web: install
 
 optimum: install
 	$(BIN)/python tests/runtimes/optimum.py
+
+image: install
+	rm -rf --one-file-system $(IMAGE_ROOT) $(IMAGE_ROOT)-data
+	$(BIN)/python tests/runtimes/image.py $(IMAGE_ROOT)
 
 lint: install
 	$(BIN)/ruff check .

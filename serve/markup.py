@@ -71,8 +71,12 @@ def _figures(figures: dict[str, Any], nbytes: int | None) -> str:
         ("peak memory", size(peak) if peak else NOTHING),
         ("model size", size(nbytes) if nbytes else NOTHING),
     ]
+    return _cells(found, "over" if figures else "")
+
+
+def _cells(found: list[tuple[str, str]], kind: str = "") -> str:
     cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in found)
-    return f'<dl class="figures{" over" if figures else ""}">{cells}</dl>'
+    return f'<dl class="figures {kind}">{cells}</dl>'
 
 
 def _requirements(
@@ -116,14 +120,13 @@ def ratio_line(asked: dict[str, Any], sides: list[dict[str, Any]], names: list[s
         if place == asked["measure"]:
             continue
         ours = side.get("figures") or {}
-        faster = _ratio(ours.get("tokens_per_s"), theirs.get("tokens_per_s"), "{:.1f}")
-        sooner = _ratio(theirs.get("ttft_s"), ours.get("ttft_s"), "{:.1f}")
-        smaller = _ratio(side.get("bytes"), measure.get("bytes"), "{:.0%}")
-        said.append(
-            f"<strong>{escape(name)}</strong> against {escape(names[asked['measure']])}: {faster} times the tokens/s, "
-            f"first token {sooner} times as soon, {smaller} of the size"
-        )
-    return f'<p class="ratio">{"<br>".join(said)}</p>'
+        cells = [
+            ("tokens/s", _ratio(ours.get("tokens_per_s"), theirs.get("tokens_per_s"), "{:.1f} times")),
+            ("TTFT", _ratio(ours.get("ttft_s"), theirs.get("ttft_s"), "{:.2f} times")),
+            ("model size", _ratio(side.get("bytes"), measure.get("bytes"), "{:.0%}")),
+        ]
+        said.append(f"<p>{escape(name)} against {escape(names[asked['measure']])}</p>{_cells(cells)}")
+    return f'<div class="ratio">{"".join(f"<div>{one}</div>" for one in said)}</div>'
 
 
 def _ratio(one: float | None, other: float | None, form: str) -> str:

@@ -141,9 +141,7 @@ class Page:
             with _shown():
                 asked, sides = _answered(asked, found)
                 if asked["skill"] != skill:
-                    raise UserError(
-                        f"the last question was asked in another tab, {TABS[asked['skill']]}; ask here first"
-                    )
+                    raise UserError(f"the last question was asked under {TABS[asked['skill']]}; ask here first")
                 return self._begin(request, self.app.follow(asked, sides, prompt, _settings(most, temperature, seed)))
 
         pick.change(fill, pick, [system, passages, tools, prompt], **QUIET)
@@ -226,7 +224,7 @@ class Page:
         return [*cards, markup.ratio_line(asked, sides, names), *kept]
 
     def _vote(self, choice: str) -> Callable[..., Any]:
-        def vote(request: gr.Request, asked: dict[str, Any] | None, *found: dict[str, Any] | None) -> list[Any]:
+        def cast(request: gr.Request, asked: dict[str, Any] | None, *found: dict[str, Any] | None) -> list[Any]:
             with _shown():
                 asked, sides = _answered(asked, found, least=2)
                 if asked.get("voted"):
@@ -245,7 +243,7 @@ class Page:
                 *_padded(markup.answer_cards(told, sides, names), ""),
             ]
 
-        return vote
+        return cast
 
     def _look(self, request: gr.Request, asked: dict[str, Any] | None, *found: dict[str, Any] | None) -> list[Any]:
         """Where the answers part, and what the measure makes of the others' tokens; kept with the comparison."""
@@ -305,7 +303,7 @@ def _shown() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(str(error)) from error
+        raise gr.Error(str(error), print_exception=False) from error
 
 
 def _told(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """Runs the Dockerfile's steps in a clean root made with debootstrap, then the image's commands: `make image`.
 
-For where no base image can be had. It wants root and Debian's debootstrap. ARGs are taken from the environment, and
-IMAGE_MOUNTS names folders (joined by colons) that the steps may read, such as a local package index.
+For where no base image can be had. It wants root and Debian's debootstrap. pip's own variables (PIP_*) are handed to
+the steps, and IMAGE_MOUNTS names what else of this machine they may read, joined by colons: a local package index, a
+certificate.
 
 It holds the image to what its comments promise: the CLI answers as a user who is not root, `distill --teacher demo`
 leaves a run, the app refuses to start without a password, and with one it serves that run and gets healthy.
@@ -33,7 +34,7 @@ class Image:
         self.root = root
         self.folder, self.user = "/", "root"
         self.env = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-        self.arguments: dict[str, str] = {}
+        self.arguments = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
         self.entry: list[str] = []
         self.command: list[str] = []
         self.health = ""
@@ -66,14 +67,17 @@ class Image:
             shutil.copy(path, self.root / path[1:])
         for path, kind in (("proc", "proc"), ("sys", "sysfs")):
             subprocess.run(["mount", "-t", kind, kind, str(self.root / path)], check=True)
-        for path in ("/dev", *filter(None, os.environ.get("IMAGE_MOUNTS", "").split(":"))):
-            self.mount(Path(path), path)
+        self.mount("/dev", "/dev")
+        for path in filter(None, os.environ.get("IMAGE_MOUNTS", "").split(":")):
+            self.mount(path, path, "ro")
 
-    def mount(self, folder: Path, at: str) -> None:
-        """Make a folder of this machine seen inside."""
+    def mount(self, path: str, at: str, mode: str = "rw") -> None:
+        """Make a folder or a file of this machine seen inside."""
         target = self.root / at[1:]
-        target.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["mount", "--rbind", str(folder), str(target)], check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.mkdir(exist_ok=True) if Path(path).is_dir() else target.touch()
+        subprocess.run(["mount", "--bind", path, str(target)], check=True)
+        subprocess.run(["mount", "-o", f"remount,bind,{mode}", str(target)], check=True)
 
     def _run(self, command: str) -> None:
         if self.run(["/bin/sh", "-c", command]).wait() != 0:
@@ -94,8 +98,8 @@ class Image:
         (self.root / folder[1:]).mkdir(parents=True, exist_ok=True)
 
     def _arg(self, name: str) -> None:
-        if name in os.environ:
-            self.arguments[name] = os.environ[name]
+        if not name.startswith("PIP_"):
+            raise ValueError(f"ARG {name} is not known here")
 
     def _env(self, words: str) -> None:
         self.env |= dict(word.split("=", 1) for word in shlex.split(words))
@@ -129,7 +133,7 @@ def main() -> None:
     data = root.with_name(f"{root.name}-data")
     data.mkdir(exist_ok=True)
     shutil.chown(data, 1000)
-    image.mount(data, "/data")
+    image.mount(str(data), "/data")
     small = ["--set", "distill.tokens=20000", "--set", "distill.heldout_rows=16", "--set", "evaluate.prompts=8"]
     for command in (["--help"], ["distill", "--teacher", "demo", "--target", "50%", "--out", "/data", *small]):
         code = image.run([*image.entry, *command]).wait()
@@ -162,8 +166,10 @@ def main() -> None:
     finally:
         app.send_signal(signal.SIGTERM)
         app.wait(timeout=30)
-    size = subprocess.check_output(["du", "-xsh", str(root), "--exclude=proc"], text=True).split()[0]
-    print(f"the image's steps and commands ran; {size}")
+    parts = subprocess.check_output(
+        ["du", "-sch", *(str(root / part) for part in ("usr", "var", "opt/venv"))], text=True
+    )
+    print(f"the image's steps and commands ran; {parts.split()[-2]} on disk")
 
 
 if __name__ == "__main__":
