@@ -15,10 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 from compressor.checkpoint import Checkpoint, resolve
+from compressor.memory import peak_memory, resident
 from compressor.report import markdown_table
 from export import parse
 from export.formats import FORMATS
-from export.memory import peak_memory, resident
 
 
 def write(student: str, text: str) -> None:

@@ -30,7 +30,7 @@ def measure(name: str, *, tokens: int, vocab: int, hidden: int, repeats: int) ->
     import torch
     from torch.nn import functional
 
-    from compressor.losses import fused_linear_divergence
+    from compressor.losses import Dense, fused_linear_divergence
 
     torch.manual_seed(0)
     scale = hidden**-0.5
@@ -45,7 +45,7 @@ def measure(name: str, *, tokens: int, vocab: int, hidden: int, repeats: int) ->
         return functional.kl_div(log_q, target, reduction="sum", log_target=True)
 
     def fused():
-        return fused_linear_divergence(states, head, teacher_states, teacher_head).loss
+        return fused_linear_divergence(states, head, Dense(teacher_states, teacher_head)).loss
 
     def step() -> float:
         states.grad = head.grad = None

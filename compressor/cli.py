@@ -297,8 +297,17 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="Of each model. [default: its runtime's choice]", min=1)] = None,
 ) -> None:
     """Open a page that puts models side by side: one question, answers at their own pace, checks, blind votes."""
+    import signal
+
     from serve import launch
 
+    if what and (left or right):
+        raise UserError("models are named both ways; expected WHAT, or --left and --right; leave one out")
+    if bool(left) != bool(right):
+        raise UserError("one of --left and --right is missing; expected both; name two models")
+    if replay and (what or left):
+        raise UserError("--replay shows no models; expected no others beside it; leave them out")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as a container's first process it would be ignored
     whats = [*(what or []), *(name for name in (left, right) if name)]
     launch(whats, host=host, port=port, auth=auth, replay=replay, threads=threads, say=_say)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .checkpoint import load_model
 from .data import Batch, hidden_states, targets
 from .errors import UserError
-from .losses import fused_linear_divergence
+from .losses import Dense, fused_linear_divergence
 from .train import LossFunction, LossSum, TrainResult, train
 
 
@@ -67,9 +67,10 @@ def distillation_loss(teacher: nn.Module, *, settings: Any, vocab: int | None = 
         parts = fused_linear_divergence(
             _predicting(student, batch, counted_BT),
             head_weight(student),
-            teacher_NE,
-            head_weight(teacher),
+            Dense(teacher_NE, head_weight(teacher)),
             labels_N=batch["labels"][:, 1:][counted_BT],
+            divergence=settings.divergence,
+            mix=settings.mix,
             temperature=settings.temperature,
             ce_weight=settings.ce_weight,
             vocab=vocab,

@@ -61,6 +61,12 @@ class Distill(Section):
     warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    divergence: Literal["forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "jsd", "total_variation"] = (
+        Field("forward_kl", description="how the student's distribution is held to the teacher's")
+    )
+    mix: float | None = Field(
+        None, gt=0, lt=1, description="weight inside a skew divergence (0.1 unless given) or the JSD (0.5)"
+    )
     temperature: float = Field(
         1.0, gt=0, description="softens teacher and student alike; the loss is scaled by its square"
     )

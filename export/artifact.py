@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint import Checkpoint, count_parameters, load_tokenizer
 from compressor.errors import CheckFailed, UserError
+from compressor.memory import peak_memory
 from compressor.run import alone, read_json, staged, write_json
 from compressor.units import size
 
 from .machine import versions
-from .memory import peak_memory
 from .settings import Settings
 
 if TYPE_CHECKING:

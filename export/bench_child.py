@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.child import answer
-
-from .memory import reset_peak, resident
+from compressor.memory import reset_peak, resident
 
 
 class Artifact:

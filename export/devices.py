@@ -101,7 +101,9 @@ def names() -> list[str]:
 def _host(threads: int | None) -> Device:
     import shutil
 
-    from .machine import available_memory, cores, machine, speed
+    from compressor.memory import available_memory
+
+    from .machine import cores, machine, speed
 
     count = threads or cores()
     bandwidth, compute = speed(count)

@@ -57,15 +57,6 @@ def _memory() -> int | None:
         return None
 
 
-def available_memory() -> int | None:
-    """Bytes that a new process could take without swapping; None where the system does not tell."""
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.M)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
-
-
 def speed(threads: int) -> tuple[float, float]:
     """(bytes per second read from memory, float32 FLOP per second of a matrix product): the best of five tries each."""
     import torch

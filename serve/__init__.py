@@ -9,9 +9,10 @@ process of its own (`worker`). Only compressor's cli imports this package.
 
 from __future__ import annotations
 
-import signal
-import sys
+import socket
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +35,10 @@ class Served:
     blocks: Any
 
     def close(self) -> None:
-        """Stop the models and the page."""
+        """Stop the page, then the models."""
+        self.blocks.close(verbose=False)
         if self.app is not None:
             self.app.close()
-        self.blocks.close(verbose=False)
 
 
 def launch(
@@ -64,19 +65,24 @@ def launch(
     user, _, password = (auth or "").partition(":")
     if auth and not (user and password):
         raise UserError("--auth is no USER:PASSWORD; expected both, with a colon between; write it so")
-    from . import page, saved
-    from .app import App
+    from . import saved
     from .markup import STYLE
     from .models import offers
     from .votes import Ballot
 
+    found = [] if replay is not None else offers(list(whats))
+    kept = saved.read(replay) if replay is not None else None
+    if not (found or kept):
+        raise UserError("nothing to serve; expected a run folder, or models with --left and --right; name one")
+    if port:
+        _check_port(host, port)
+    from . import page  # gradio, which takes seconds: what is wrong is told before
+    from .app import App
+
     app, report = None, None
-    if replay is not None:
-        blocks = page.replay(saved.read(replay))
+    if kept is not None:
+        blocks = page.replay(kept)
     else:
-        found = offers(list(whats))
-        if not found:
-            raise UserError("nothing to serve; expected a run folder, or models with --left and --right; name one")
         run = next((Path(what) for what in whats if (Path(what) / "run.json").exists()), None)
         report = run / "report.html" if run and (run / "report.html").is_file() else None
         app = App(found, Ballot(run / "votes.jsonl" if run else None), threads=threads)
@@ -96,16 +102,30 @@ def launch(
             allowed_paths=[str(report.resolve())] if report else None,
         )
     except OSError as error:
-        raise UserError(f"port {port} of {host} cannot be had ({error}); expected a free one; give --port") from error
+        if app is not None:
+            app.close()
+        raise UserError(f"{host} cannot be listened on ({error}); expected an address of this machine") from error
     served = Served(url, app, blocks)
     say(f"serving on {url} (Ctrl-C ends it)")
     if wait:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a container's first process has no default for it
         try:
-            blocks.block_thread()
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            pass  # how a server ends
         finally:
             served.close()
     return served
+
+
+def _check_port(host: str, port: int) -> None:
+    with closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} of {host} cannot be had ({error.strerror}); expected a free one; give --port"
+            ) from error
 
 
 def _is_demo(what: str) -> bool:

@@ -9,15 +9,6 @@ from typing import Any
 
 from compressor.evaluate.skills import CHECKS, function_of, parse_calls
 
-TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "array": (list,),
-    "object": (dict,),
-    "null": (type(None),),
-}
 WORDS = {
     "case": lambda v: f"{v} case" if v != "title" else "Every Word Capitalised",
     "list": lambda v: f"exactly this list, as {v['layout']}",
@@ -49,16 +40,16 @@ def marks(check: dict[str, Any], answer: str) -> list[Mark]:
     return [Mark(WORDS[kind](value), CHECKS[kind](answer, value)) for kind, value in check.items()]
 
 
-def cited_spans(answer: str, passages: int) -> list[tuple[str, str | None]]:
-    """The answer cut at its citations: (text, None), and ("[2]", "passage 2" or "no such passage")."""
-    found: list[tuple[str, str | None]] = []
-    for part in re.split(r"(\[\d+\])", answer):
-        number = re.fullmatch(r"\[(\d+)\]", part)
-        if number:
-            known = 1 <= int(number[1]) <= passages
-            found.append((part, f"passage {number[1]}" if known else "no such passage"))
-        elif part:
-            found.append((part, None))
+def cited_spans(answer: str, passages: int) -> list[tuple[str, list[int]]]:
+    """The answer cut into runs of text, each with the passages that it cites: a sentence up to its [2], or none.
+
+    A number that no passage has is 0.
+    """
+    found: list[tuple[str, list[int]]] = []
+    for part in re.split(r"((?:(?!\[\d+\])[^.!?\n])*(?:\[\d+\][ ,]*)+)", answer):
+        numbers = [int(number) for number in re.findall(r"\[(\d+)\]", part)]
+        if part:
+            found.append((part, [number if 1 <= number <= passages else 0 for number in numbers]))
     return found
 
 
@@ -77,33 +68,15 @@ def call_report(answer: str, tools: list[dict[str, Any]], teacher: str | None = 
 
 
 def call_errors(call: dict[str, Any], tools: list[dict[str, Any]]) -> list[str]:
-    """Where a call departs from the schema of its function; the part of JSON Schema that functions are written in."""
+    """Where a call departs from the JSON schema of its function; arguments it does not name are errors too."""
+    from jsonschema import Draft202012Validator
+
     schemas = {function_of(tool).get("name"): function_of(tool).get("parameters", {}) for tool in tools}
     if call["name"] not in schemas:
         return [f"{call['name']} is not on offer"]
-    return _departures(call["arguments"], schemas[call["name"]] | {"type": "object"}, str(call["name"]))
-
-
-def _departures(value: Any, schema: dict[str, Any], where: str) -> list[str]:
-    kind = schema.get("type")
-    kinds = kind if isinstance(kind, list) else [kind] if kind else []
-    allowed = tuple(found for name in kinds for found in TYPES.get(name, ()))
-    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)):
-        return [f"{where} is {json.dumps(value)}, no {' or '.join(kinds)}"]
-    if "enum" in schema and value not in schema["enum"]:
-        return [f"{where} is {json.dumps(value)}, none of {json.dumps(schema['enum'])}"]
-    found = []
-    if isinstance(value, dict):
-        properties = schema.get("properties", {})
-        found += [f"{where} lacks {name}" for name in schema.get("required", []) if name not in value]
-        for name, inner in value.items():
-            if name in properties:
-                found += _departures(inner, properties[name], f"{where}.{name}")
-            elif properties or schema.get("additionalProperties") is False:
-                found.append(f"{where} has no {name}")
-    if isinstance(value, list) and isinstance(schema.get("items"), dict):
-        found += [e for i, inner in enumerate(value) for e in _departures(inner, schema["items"], f"{where}[{i}]")]
-    return found
+    schema = {"type": "object", "additionalProperties": False} | schemas[call["name"]]
+    found = sorted(Draft202012Validator(schema).iter_errors(call["arguments"]), key=lambda error: list(error.path))
+    return [f"{'.'.join(map(str, [call['name'], *error.path]))}: {error.message}" for error in found]
 
 
 def _key(call: dict[str, Any]) -> str:

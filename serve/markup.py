@@ -14,6 +14,7 @@ from compressor.units import size
 
 from .difference import Rated, difference, heat
 from .marks import call_report, cited_spans, marks
+from .presets import turns
 from .saved import names_of
 
 STYLE = (resources.files("serve") / "style.css").read_text(encoding="utf-8")
@@ -32,32 +33,45 @@ def answer_card(
     asked: dict[str, Any], side: dict[str, Any], place: int, names: list[str], theirs: str | None = None
 ) -> str:
     """One side's state, checks, answer and figures. names: as each side is called; theirs: the measure's answer."""
-    name, measure = names[place], (names[asked["measure"]], theirs)
-    state = side.get("state") or ""
-    over = bool(side.get("figures"))
-    chips, calls = _requirements(side["text"], asked, over, None if place == asked["measure"] else measure)
-    head = f'<span class="name">{escape(name)}</span><span class="state" role="status">{escape(state)}</span>'
-    error = f'<p class="error" role="alert">{escape(side["error"])}</p>' if side.get("error") else ""
-    text = _cited(side["text"], asked["numbered"]) if asked.get("numbered") else escape(side["text"])
-    body = f'{_history(asked["histories"][place])}{error}<div class="text">{text or "&nbsp;"}</div>{calls}'
-    live = "" if over or error else " live"
+    hidden = asked.get("blind", False)  # what would tell which model this is waits for the vote
+    over = bool(side.get("figures") or side.get("error"))
+    chips, calls = _requirements(asked, side, place, None if hidden else (names[asked["measure"]], theirs))
+    head = (
+        f'<span class="name">{escape(names[place])}</span><span class="state">{escape(side.get("state") or "")}</span>'
+    )
+    error = ""
+    if side.get("error"):
+        said = "this side has failed; why is told with its name, after the vote" if hidden else side["error"]
+        error = f'<p class="error" role="alert">{escape(said)}</p>'
+    text = _cited(side["text"], asked) if asked.get("numbered") else escape(side["text"])
+    body = f'{_before(asked, place)}{error}<div class="text">{text or "&nbsp;"}</div>{calls}'
+    figures = _figures({}, None) if hidden else _figures(side.get("figures") or {}, side.get("bytes"))
     return (
-        f'<section class="side"><div class="head">{head}</div>{_chip_list(chips)}'
-        f'<div class="body{live}" tabindex="0" aria-label="Answer of {escape(name)}"><div>{body}</div></div>'
-        f"{_figures(side.get('figures') or {}, side.get('bytes'))}</section>"
+        f'<section class="side{" over" if over else ""}" data-question="{escape(asked.get("id", ""))}">'
+        f'<div class="head">{head}</span></div>{_chip_list(chips)}'
+        f'<div class="body{"" if over else " live"}" tabindex="0" role="group" aria-label="Answer of '
+        f'{escape(names[place])}"><div>{body}</div></div>{figures}</section>'
     )
 
 
-def _history(turns: list[dict[str, str]]) -> str:
-    """Earlier turns of a conversation, before the answer."""
-    return "".join(f'<p class="turn {escape(turn["role"])}">{escape(turn["content"])}</p>' for turn in turns)
+def _before(asked: dict[str, Any], place: int) -> str:
+    """Earlier turns of the conversation, before the answer."""
+    earlier = [turn for turn in turns(asked, place)[:-1] if turn["role"] != "system"]
+    return "".join(f'<p class="turn {escape(turn["role"])}">{escape(turn["content"])}</p>' for turn in earlier)
 
 
-def _cited(text: str, passages: int) -> str:
+def _cited(text: str, asked: dict[str, Any]) -> str:
+    passages = asked.get("passages") or []
     words = []
-    for part, source in cited_spans(text, passages):
-        kind = "cite" if source and source.startswith("passage") else "nocite"
-        words.append(f'<mark class="{kind}" title="{escape(source)}">{escape(part)}</mark>' if source else escape(part))
+    for part, numbers in cited_spans(text, asked["numbered"]):
+        if not numbers:
+            words.append(escape(part))
+            continue
+        told = [
+            passages[n - 1] if 0 < n <= len(passages) else f"passage {n}" if n else "no such passage" for n in numbers
+        ]
+        kind = "cite" if all(numbers) else "nocite"
+        words.append(f'<mark class="{kind}" title="{escape(" / ".join(told))}">{escape(part)}</mark>')
     return "".join(words)
 
 
@@ -71,28 +85,29 @@ def _figures(figures: dict[str, Any], nbytes: int | None) -> str:
         ("peak memory", size(peak) if peak else NOTHING),
         ("model size", size(nbytes) if nbytes else NOTHING),
     ]
-    return _cells(found, "over" if figures else "")
+    return _cells(found)
 
 
-def _cells(found: list[tuple[str, str]], kind: str = "") -> str:
+def _cells(found: list[tuple[str, str]]) -> str:
     cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in found)
-    return f'<dl class="figures {kind}">{cells}</dl>'
+    return f'<dl class="figures">{cells}</dl>'
 
 
 def _requirements(
-    text: str, asked: dict[str, Any], over: bool, measure: tuple[str, str | None] | None
+    asked: dict[str, Any], side: dict[str, Any], place: int, measure: tuple[str, str | None] | None
 ) -> tuple[list[Chip], str]:
-    """What an answer is held to, and its calls as HTML. measure: the name and the answer it is compared with."""
+    """What an answer is held to, and its calls as HTML. measure: its name, and its answer to compare calls with."""
+    over, text = bool(side.get("figures")), side["text"]
     chips: list[Chip] = [
         (mark.words, mark.passed if over else None) for mark in marks(asked.get("check") or {}, text.strip())
     ]
     if not asked.get("tools"):
         return chips, ""
-    report = call_report(text, asked["tools"], measure[1] if measure else None)
-    fits = not report["errors"] if over and report["calls"] != [] else None
-    chips.append(("arguments fit the schema", fits))
-    if measure:
-        chips.append((f"the same calls as {measure[0]}", report["same_as_teacher"] if over else None))
+    against = None if place == asked["measure"] else measure
+    report = call_report(text, asked["tools"], against[1] if against else None)
+    chips.append(("arguments fit the schema", not report["errors"] if over and report["calls"] != [] else None))
+    if against:
+        chips.append((f"the same calls as {against[0]}", report["same_as_teacher"] if over else None))
     if not over:
         return chips, ""
     calls = "".join(f'<pre class="call">{escape(json.dumps(call, indent=2))}</pre>' for call in report["calls"] or [])
@@ -113,6 +128,8 @@ def _chip_list(chips: list[Chip]) -> str:
 
 def ratio_line(asked: dict[str, Any], sides: list[dict[str, Any]], names: list[str]) -> str:
     """How many times as fast, and how much smaller, the other sides are than the measure."""
+    if asked.get("blind"):
+        return '<p class="ratio">Speed and size are told after the vote.</p>'
     measure = sides[asked["measure"]]
     theirs = measure.get("figures") or {}
     said = []
@@ -122,7 +139,7 @@ def ratio_line(asked: dict[str, Any], sides: list[dict[str, Any]], names: list[s
         ours = side.get("figures") or {}
         cells = [
             ("tokens/s", _ratio(ours.get("tokens_per_s"), theirs.get("tokens_per_s"), "{:.1f} times")),
-            ("TTFT", _ratio(ours.get("ttft_s"), theirs.get("ttft_s"), "{:.2f} times")),
+            ("wait (TTFT)", _ratio(ours.get("ttft_s"), theirs.get("ttft_s"), "{:.2f} times")),
             ("model size", _ratio(side.get("bytes"), measure.get("bytes"), "{:.0%}")),
         ]
         said.append(f"<p>{escape(name)} against {escape(names[asked['measure']])}</p>{_cells(cells)}")
@@ -176,9 +193,19 @@ def tally_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         (one, two), (wins, losses), (low, high) = row["models"], row["wins"], row["interval"]
         share = NOTHING if row["share"] is None else f"{row['share']:.0%} ({low:.0%} to {high:.0%})"
-        cells = [f"{one} against {two}", str(wins), str(losses), str(row["ties"]), str(row["both_bad"]), share]
+        cells = [
+            f"{one} against {two}",
+            "blind" if row["blind"] else "open",
+            str(wins),
+            str(losses),
+            str(row["ties"]),
+            str(row["both_bad"]),
+            share,
+        ]
         body += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-    head = "".join(f"<th>{word}</th>" for word in ("models", "first", "second", "tie", "both bad", "prefer the first"))
+    head = "".join(
+        f"<th>{word}</th>" for word in ("models", "votes", "first", "second", "tie", "both bad", "prefer the first")
+    )
     table = f'<table class="tally"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return f'<div class="scroll">{table}</div>'
 
@@ -186,9 +213,10 @@ def tally_table(rows: list[dict[str, Any]]) -> str:
 def replayed(saved: dict[str, Any]) -> str:
     """A saved comparison: the question, its answers, where they part."""
     asked, sides, names = saved["question"], saved["sides"], names_of(saved)
+    *before, last = asked["messages"]  # earlier turns stand in the cards
+    shown = [message for message in before if message["role"] == "system"] + [last]
     told = "".join(
-        f"<p><strong>{escape(message['role'])}</strong> {escape(message['content'])}</p>"
-        for message in asked["messages"]
+        f"<p><strong>{escape(message['role'])}</strong> {escape(message['content'])}</p>" for message in shown
     )
     rated = saved.get("rated") and [[Rated(*row) for row in rows] for rows in saved["rated"]]
     cards = "".join(answer_cards(asked, sides, names))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import textwrap
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import yaml
 
 from compressor.demo import tasks
-from compressor.evaluate.skills import SKILLS
 
 LEVELS = ("easy", "medium", "tricky")
 DEMO_PROMPTS = 30  # a skill
@@ -19,7 +19,10 @@ DEMO_PROMPTS = 30  # a skill
 
 @dataclass(frozen=True)
 class Preset:
-    """One prompt as its tab shows it. check: as in `compressor.evaluate.skills`; answer: one of ours that passes."""
+    """One prompt as its tab shows it. check: as in `compressor.evaluate.skills`; answer: one of ours that passes.
+
+    level: one of LEVELS, or none for the demo's tasks, which are all alike.
+    """
 
     title: str
     level: str
@@ -29,7 +32,12 @@ class Preset:
     system: str = ""
     turns: tuple[dict[str, str], ...] = ()
     passages: tuple[str, ...] = ()
-    tools: tuple[dict[str, Any], ...] = field(default_factory=tuple)
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """As the page lists it."""
+        return f"{self.title} ({self.level})" if self.level else self.title
 
 
 @cache
@@ -52,9 +60,9 @@ def demo_library(skill: str) -> tuple[Preset, ...]:
     for number, task in enumerate(tasks.suite(skill, DEMO_PROMPTS, seed=1), start=1):
         *before, last = task["messages"]
         system = before.pop(0)["content"] if before and before[0]["role"] == "system" else ""
-        title = f"{number}. {last['content'].splitlines()[-1][:60]}"
+        title = f"{number}. {textwrap.shorten(last['content'].splitlines()[-1], 70, placeholder=' ...')}"
         given = {"check": task["check"], "system": system, "turns": tuple(before)}
-        found.append(Preset(title, LEVELS[0], last["content"], **given, tools=tuple(task.get("tools") or ())))
+        found.append(Preset(title, "", last["content"], **given, tools=tuple(task.get("tools") or ())))
     return tuple(found)
 
 
@@ -68,24 +76,37 @@ def conversation(
     return [*first, *turns, {"role": "user", "content": content}]
 
 
+def turns(asked: dict[str, Any], place: int) -> list[dict[str, str]]:
+    """The whole conversation of a question (see `app`) as the side at `place` gets it."""
+    *before, last = asked["messages"]
+    return [*before, *asked["histories"][place], last]
+
+
 def schema_errors(text: str) -> tuple[list[dict[str, Any]], str | None]:
     """The functions of a JSON text that a person may have edited, and what is wrong with it in one line, or None."""
+    from jsonschema import Draft202012Validator, SchemaError
+
     try:
         tools = json.loads(text or "[]")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return [], f"the schemas are no JSON ({error}); expected a list of functions"
     if not isinstance(tools, list):
         return [], "the schemas are no list; expected a list of functions"
+    functions = []
     for tool in tools:
-        if not isinstance(tool, dict):
-            return [], f"{str(tool)[:40]} is no function; expected an object with name and parameters"
-        function = tool.get("function", tool)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            return [], "a function has no name; expected an object with name and parameters"
-        parameters = function.get("parameters", {})
-        if not isinstance(parameters, dict) or not isinstance(parameters.get("properties", {}), dict):
-            return [], f"parameters of {function['name']} are no JSON schema; expected an object with properties"
-    return tools, None
+        function = tool.get("function", tool) if isinstance(tool, dict) else {}
+        parameters = function.get("parameters") or {} if isinstance(function, dict) else None
+        if not isinstance(parameters, dict) or not isinstance(function.get("name"), str):
+            return [], f"{json.dumps(tool)[:40]} is no function; expected an object with name and parameters"
+        parameters = {"type": "object", "properties": {}} | parameters
+        try:
+            Draft202012Validator.check_schema(parameters)
+        except (SchemaError, RecursionError) as error:
+            why = error.message if isinstance(error, SchemaError) else "it is nested too deeply"
+            return [], f"parameters of {function['name']} are no JSON schema: {why[:200]}; correct them"
+        whole = {"description": "", **function, "parameters": parameters}
+        functions.append({"type": "function", "function": whole})  # as chat templates know them
+    return functions, None
 
 
-__all__ = ["LEVELS", "SKILLS", "Preset", "conversation", "demo_library", "library", "schema_errors"]
+__all__ = ["LEVELS", "Preset", "conversation", "demo_library", "library", "schema_errors", "turns"]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from compressor.errors import UserError
+from compressor.evaluate.skills import CHECKS
+
+from .difference import Rated
+from .marks import marks
+from .presets import schema_errors
 
 VERSION = 1
 MOST_BYTES = 5_000_000
@@ -50,28 +56,27 @@ class Question(BaseModel):
     measure: Annotated[int, Field(ge=0)]
 
 
-class Row(NamedTuple):
-    """A token, its probability, what the measure would have said, whether they agree."""
-
-    text: str
-    probability: float
-    best: str
-    agrees: bool
-
-
 class Comparison(BaseModel):
     """The whole file."""
 
     version: Literal[1]
     question: Question
     sides: Annotated[list[Side], Field(min_length=1)]
-    rated: list[list[Row]] | None
+    rated: list[list[Rated]] | None
 
     @model_validator(mode="after")
     def _fits(self) -> Comparison:
         sides = len(self.sides)
         if len(self.question.histories) != sides or self.question.measure >= sides:
             raise ValueError("a side lacks its history, or the measure is no side")
+        _, wrong = schema_errors(json.dumps(self.question.tools))
+        if wrong:
+            raise ValueError(wrong)
+        try:
+            for side in self.sides:
+                marks(self.question.check, side.text)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError(f"check is none of ours; expected keys of {', '.join(CHECKS)}") from None
         if self.rated is not None and len(self.rated) != sides:
             raise ValueError("rated has another number of sides")
         return self

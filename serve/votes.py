@@ -8,7 +8,9 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from compressor.errors import UserError
 
@@ -25,17 +27,14 @@ class Ballot:
         self._lock = threading.Lock()
         self.votes: list[dict[str, Any]] = []
         if path is not None and path.exists():
-            try:
-                self.votes = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-            except ValueError as error:
-                raise UserError(
-                    f"{path} is no list of votes ({error}); expected a JSON object a line; move it away"
-                ) from error
+            self.votes = _read(path)
 
     def cast(self, choice: str, *, left: str, right: str, **about: Any) -> dict[str, Any]:
         """Count one vote: `choice` of CHOICES, left and right the models as they were shown. Raises UserError."""
         if choice not in CHOICES:
             raise UserError(f"vote {choice[:20]!r} is not known; expected one of {', '.join(CHOICES)}")
+        if left == right:
+            raise UserError(f"both sides are {left}; expected two models; choose another")
         winner = {"left": left, "right": right}.get(choice)
         vote = {"time": round(time.time(), 3), "left": left, "right": right, "choice": choice, "winner": winner} | about
         with self._lock:
@@ -47,27 +46,25 @@ class Ballot:
     def tally(self) -> list[dict[str, Any]]:
         """For each pair of models: wins, ties, both bad, and the share that prefers the first, with its interval.
 
-        A tie counts half for each; pairs judged both bad count for none. Wilson's interval at 95 %.
+        Votes that were blind and those that were not are counted apart. A tie counts half for each; pairs judged both
+        bad count for none. Wilson's interval at 95 %.
         """
-        pairs: dict[tuple[str, str], dict[str, int]] = {}
+        pairs: dict[tuple[str, str, bool], dict[str, int]] = {}
         for vote in self.votes:
             first, second = sorted((vote["left"], vote["right"]))
-            found = pairs.setdefault((first, second), {"first": 0, "second": 0, "tie": 0, "bad": 0})
+            pair = (first, second, bool(vote.get("blind")))
+            found = pairs.setdefault(pair, {"first": 0, "second": 0, "tie": 0, "bad": 0})
             key = {first: "first", second: "second"}.get(str(vote["winner"]), str(vote["choice"]))
             found[key] += 1
         rows = []
-        for (first, second), found in sorted(pairs.items()):
+        for (first, second, blind), found in sorted(pairs.items()):
             decided = found["first"] + found["second"] + found["tie"]
             share, low, high = wilson(found["first"] + found["tie"] / 2, decided)
-            names = {"models": (first, second), "wins": (found["first"], found["second"])}
+            names = {"models": (first, second), "blind": blind, "wins": (found["first"], found["second"])}
             rows.append(
                 names | {"ties": found["tie"], "both_bad": found["bad"], "share": share, "interval": (low, high)}
             )
         return rows
-
-    def exported(self) -> list[tuple[str, str]]:
-        """("json", text) and ("csv", text)."""
-        return [("json", self.as_json()), ("csv", self.as_csv())]
 
     def as_json(self) -> str:
         """Votes and tally."""
@@ -93,6 +90,28 @@ def wilson(wins: float, count: int) -> tuple[float | None, float, float]:
     middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     reach = Z / (1 + Z**2 / count) * (share * (1 - share) / count + Z**2 / (4 * count**2)) ** 0.5
     return share, max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+class _Vote(BaseModel):
+    """A line of the file, as far as the tally reads it."""
+
+    left: str
+    right: str
+    choice: Literal["left", "right", "tie", "bad"]
+    winner: str | None
+    blind: bool = False
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The votes of a file; a last line that a crash cut short is left out."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    try:
+        for line in lines:
+            _Vote.model_validate_json(line)
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
+        raise UserError(f"{path} is no list of votes ({why}); expected one a line; move it away") from error
+    return [json.loads(line) for line in lines]
 
 
 def _append(path: Path, line: str) -> None:

@@ -14,7 +14,20 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"child", "errors", "progress", "recipe", "run", "shape", "families", "checkpoint", "data", "runtime", "units"}
+GROUND = {
+    "child",
+    "errors",
+    "memory",
+    "progress",
+    "recipe",
+    "run",
+    "shape",
+    "families",
+    "checkpoint",
+    "data",
+    "runtime",
+    "units",
+}
 TOOLS = {"losses", "train", "scores"}
 STAGES = {"teacher", "importance", "architecture", "surgery", "distill"}
 JUDGING = {"evaluate", "report", "package", "demo", "plan"}

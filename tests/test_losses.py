@@ -1,6 +1,7 @@
 """The fused loss against float64 arithmetic written out plainly, and against finite differences."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from models import tiny_model
 from torch.nn import functional
 
 from compressor.errors import UserError
-from compressor.losses import DIVERGENCES, fused_linear_divergence
+from compressor.losses import DIVERGENCES, Dense, Sampled, TopK, fused_linear_divergence
 
 ROWS, WIDTH, TEACHER_WIDTH, VOCAB, IDS = 11, 6, 9, 23, 19  # heads padded from 19 real ids to 23 and 29
 
@@ -20,22 +21,38 @@ def inputs(dtype=torch.float64, *, scale=1.0, seed=0):
         return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
     student = [normal(ROWS, WIDTH).requires_grad_(), normal(VOCAB, WIDTH).requires_grad_()]
-    teacher = [normal(ROWS, TEACHER_WIDTH), normal(VOCAB + 6, TEACHER_WIDTH)]
+    teacher = Dense(normal(ROWS, TEACHER_WIDTH), normal(VOCAB + 6, TEACHER_WIDTH))
     labels = torch.randint(IDS, (ROWS,), generator=generator)
     return student, teacher, labels
 
 
-def plain_forward_kl(student, teacher, *, labels, temperature, ce_weight, vocab):
-    """The formula of distillation.md, in the inputs' precision, with whole logits."""
+def kl(log_p, log_q):
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def between(log_one, log_other, mix):
+    return torch.logaddexp(log_one + math.log(mix), log_other + math.log(1 - mix))
+
+
+REFERENCES = {
+    "forward_kl": lambda p, q, mix: kl(p, q),
+    "reverse_kl": lambda p, q, mix: kl(q, p),
+    "skew_forward_kl": lambda p, q, mix: kl(p, between(p, q, mix)),
+    "skew_reverse_kl": lambda p, q, mix: kl(q, between(q, p, mix)),
+    "jsd": lambda p, q, mix: mix * kl(p, between(p, q, mix)) + (1 - mix) * kl(q, between(p, q, mix)),
+    "total_variation": lambda p, q, mix: (p.exp() - q.exp()).abs().sum(-1) / 2,
+}  # of log-probabilities
+
+
+def plain(student, teacher, *, labels, vocab, divergence="forward_kl", mix=None, temperature=1.0, ce_weight=0.0):
+    """The formulas of the papers, in the inputs' precision, with whole logits."""
     logits = student[0] @ student[1][:vocab].t()
-    target = (teacher[0] @ teacher[1][:vocab].t() / temperature).softmax(-1)
-    log_q = (logits / temperature).log_softmax(-1)
-    kl = (target * (target.log() - log_q)).sum() * temperature**2
+    p = (teacher[0] @ teacher[1][:vocab].t() / temperature).log_softmax(-1)
+    q = (logits / temperature).log_softmax(-1)
+    rows = REFERENCES[divergence](p, q, mix or DIVERGENCES[divergence].mix)
+    total = rows.sum() * temperature**2
     ce = functional.cross_entropy(logits, labels, reduction="sum")
-    return (1 - ce_weight) * kl + ce_weight * ce, kl, ce
-
-
-REFERENCES = {"forward_kl": plain_forward_kl}
+    return (1 - ce_weight) * total + ce_weight * ce, total, ce
 
 
 def test_every_divergence_has_a_reference():
@@ -49,11 +66,11 @@ def test_every_divergence_has_a_reference():
 def test_equals_the_plain_formula(divergence, chunk_tokens, temperature, ce_weight, vocab):
     student, teacher, labels = inputs()
     options = {"temperature": temperature, "ce_weight": ce_weight}
-    expected = REFERENCES[divergence](student, teacher, labels=labels, vocab=vocab or VOCAB, **options)
+    expected = plain(student, teacher, labels=labels, vocab=vocab or VOCAB, divergence=divergence, **options)
     wanted = torch.autograd.grad(3.0 * expected[0], student)
     found = fused_linear_divergence(
         *student,
-        *teacher,
+        teacher,
         labels_N=labels,
         divergence=divergence,
         vocab=vocab,
@@ -72,7 +89,7 @@ def test_gradients_equal_finite_differences(divergence, temperature, ce_weight):
 
     def loss():
         options = {"temperature": temperature, "ce_weight": ce_weight, "vocab": IDS, "chunk_tokens": 4}
-        return fused_linear_divergence(*student, *teacher, labels_N=labels, divergence=divergence, **options).loss
+        return fused_linear_divergence(*student, teacher, labels_N=labels, divergence=divergence, **options).loss
 
     for values, grad in zip(student, torch.autograd.grad(loss(), student), strict=True):
         numeric, step = torch.zeros_like(values), 1e-6
@@ -92,10 +109,8 @@ def test_padded_ids_take_no_part():
     with torch.no_grad():
         student[1][IDS:] = 100.0
         teacher[1][IDS:] = -100.0
-    parts = fused_linear_divergence(*student, *teacher, labels_N=labels, vocab=IDS)
-    expected = plain_forward_kl(
-        [student[0], student[1][:IDS]], teacher, labels=labels, temperature=1.0, ce_weight=0.0, vocab=IDS
-    )
+    parts = fused_linear_divergence(*student, teacher, labels_N=labels, vocab=IDS)
+    expected = plain([student[0], student[1][:IDS]], teacher, labels=labels, temperature=1.0, ce_weight=0.0, vocab=IDS)
     torch.testing.assert_close(parts.loss, expected[0])
     parts.loss.backward()
     assert student[1].grad[:IDS].abs().sum() > 0
@@ -104,8 +119,8 @@ def test_padded_ids_take_no_part():
 
 def test_same_distributions_lose_nothing_and_teacher_gets_no_gradient():
     student, _, _ = inputs()
-    teacher = [values.detach().clone().requires_grad_() for values in student]
-    loss = fused_linear_divergence(*student, *teacher).loss
+    teacher = Dense(*[values.detach().clone().requires_grad_() for values in student])
+    loss = fused_linear_divergence(*student, teacher).loss
     assert loss.abs() < 1e-12
     loss.backward()
     assert student[0].grad.abs().max() < 1e-12
@@ -116,10 +131,10 @@ def test_same_distributions_lose_nothing_and_teacher_gets_no_gradient():
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_float32_stays_close_to_float64(scale):
     student, teacher, labels = inputs(scale=scale**0.5)
-    expected = plain_forward_kl(student, teacher, labels=labels, temperature=1.0, ce_weight=0.0, vocab=VOCAB)[0]
+    expected = plain(student, teacher, labels=labels, temperature=1.0, ce_weight=0.0, vocab=VOCAB)[0]
     wanted = torch.autograd.grad(expected, student)
     narrow = [values.detach().float().requires_grad_() for values in student]
-    loss = fused_linear_divergence(*narrow, *[values.float() for values in teacher]).loss
+    loss = fused_linear_divergence(*narrow, Dense(*[values.float() for values in teacher])).loss
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=0)
     for ours, theirs in zip(torch.autograd.grad(loss, narrow), wanted, strict=True):
@@ -131,7 +146,7 @@ def test_bfloat16_keeps_sums_and_softmax_in_float32(autocast):
     """Inputs exact in bf16; what is left is one rounding of logits and products, not of sums over chunks."""
     student, teacher, labels = inputs(torch.bfloat16)
     exact = [values.detach().double().requires_grad_() for values in student]
-    expected = plain_forward_kl(
+    expected = plain(
         exact,
         [values.double() for values in teacher],
         labels=labels,
@@ -142,9 +157,9 @@ def test_bfloat16_keeps_sums_and_softmax_in_float32(autocast):
     wanted = torch.autograd.grad(expected, exact)
     if autocast:  # float32 weights, products in bf16
         student = [values.detach().float().requires_grad_() for values in student]
-        teacher = [values.float() for values in teacher]
+        teacher = Dense(*[values.float() for values in teacher])
     with torch.autocast("cpu", enabled=autocast, dtype=torch.bfloat16):
-        parts = fused_linear_divergence(*student, *teacher, labels_N=labels, ce_weight=0.25, chunk_tokens=2)
+        parts = fused_linear_divergence(*student, teacher, labels_N=labels, ce_weight=0.25, chunk_tokens=2)
     assert parts.loss.dtype == torch.float32
     torch.testing.assert_close(parts.loss.double(), expected, rtol=5e-3, atol=0)
     for ours, theirs, values in zip(torch.autograd.grad(parts.loss, student), wanted, student, strict=True):
@@ -156,8 +171,8 @@ def test_autocast_changes_the_products():
     """Guards the test above: under autocast the products really are bf16."""
     student, teacher, _ = inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = fused_linear_divergence(*student, *teacher).loss
-    assert rounded != fused_linear_divergence(*student, *teacher).loss
+        rounded = fused_linear_divergence(*student, teacher).loss
+    assert rounded != fused_linear_divergence(*student, teacher).loss
 
 
 def test_many_small_chunks_do_not_wear_the_head_gradient_down():
@@ -165,7 +180,7 @@ def test_many_small_chunks_do_not_wear_the_head_gradient_down():
     hidden = torch.ones(rows, 1, dtype=torch.bfloat16)
     head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     teacher_head = torch.tensor([[0.0], [0.1]], dtype=torch.bfloat16)
-    fused_linear_divergence(hidden, head, hidden, teacher_head, chunk_tokens=1).loss.backward()
+    fused_linear_divergence(hidden, head, Dense(hidden, teacher_head), chunk_tokens=1).loss.backward()
     step = 0.5 - 1 / (1 + torch.tensor(0.1).exp())  # one row's gradient; bf16 sums would stall near 256 of them
     assert abs(head.grad[0, 0] / (rows * step) - 1) < 2e-2
 
@@ -183,7 +198,7 @@ def test_gradients_reach_a_model_through_its_head(tied):
         loss_of(hidden, model.lm_head.weight).backward()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
-    fused = gradients(lambda h, w: fused_linear_divergence(h, w, teacher_hidden, teacher_head).loss)
+    fused = gradients(lambda h, w: fused_linear_divergence(h, w, Dense(teacher_hidden, teacher_head)).loss)
     plain = gradients(
         lambda h, w: functional.kl_div(
             (h @ w.t()).log_softmax(-1),
@@ -199,22 +214,23 @@ def test_gradients_reach_a_model_through_its_head(tied):
 
 def test_gradients_accumulate_over_calls():
     student, teacher, _ = inputs()
-    fused_linear_divergence(*student, *teacher).loss.backward()
+    fused_linear_divergence(*student, teacher).loss.backward()
     once = [values.grad.clone() for values in student]
-    fused_linear_divergence(*student, *teacher).loss.backward()
+    fused_linear_divergence(*student, teacher).loss.backward()
     for values, grad in zip(student, once, strict=True):
         torch.testing.assert_close(values.grad, 2 * grad)
 
 
 def test_no_rows_is_zero_with_zero_gradients():
     student, teacher, labels = inputs()
-    parts = fused_linear_divergence(student[0][:0], student[1], teacher[0][:0], teacher[1], labels_N=labels[:0])
+    parts = fused_linear_divergence(student[0][:0], student[1], Dense(teacher[0][:0], teacher[1]), labels_N=labels[:0])
     assert [value.item() for value in parts] == [0, 0, 0]
     parts.loss.backward()
     assert torch.equal(student[1].grad, torch.zeros_like(student[1]))
 
 
-def test_no_tensor_of_rows_times_vocabulary_is_made():
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_no_tensor_of_rows_times_vocabulary_is_made(divergence):
     """Every tensor that the forward and backward allocate, counted by torch's own dispatcher."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -228,15 +244,15 @@ def test_no_tensor_of_rows_times_vocabulary_is_made():
             return out
 
     student = [torch.randn(rows, 4, requires_grad=True), torch.randn(vocab, 4, requires_grad=True)]
-    teacher = [torch.randn(rows, 5), torch.randn(vocab, 5)]
+    teacher = Dense(torch.randn(rows, 5), torch.randn(vocab, 5))
     with Largest():
-        fused_linear_divergence(*student, *teacher, chunk_tokens=chunk).loss.backward()
+        fused_linear_divergence(*student, teacher, divergence=divergence, chunk_tokens=chunk).loss.backward()
     assert max(largest) == chunk * vocab
 
 
 def test_a_second_backward_is_refused():
     student, teacher, _ = inputs()
-    loss = fused_linear_divergence(*student, *teacher).loss
+    loss = fused_linear_divergence(*student, teacher).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="only once"):
         loss.backward()
@@ -255,5 +271,94 @@ def test_a_second_backward_is_refused():
 def test_settings_out_of_range_are_one_line(options, words):
     student, teacher, _ = inputs()
     with pytest.raises(UserError, match=words) as error:
-        fused_linear_divergence(*student, *teacher, **options)
+        fused_linear_divergence(*student, teacher, **options)
     assert "\n" not in str(error.value)
+
+
+# --- what is known of the teacher, and how rows weigh ---------------------------------------------------------------
+
+
+def log_p_of(teacher, vocab=VOCAB):
+    return (teacher.hidden_NE @ teacher.head_WE[:vocab].t()).log_softmax(-1)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_rows_weigh_as_told_and_labels_do_not(divergence):
+    student, teacher, labels = inputs()
+    weights = torch.rand(ROWS, dtype=torch.float64) + 0.5
+    options = {"labels_N": labels, "ce_weight": 0.25, "divergence": divergence, "chunk_tokens": 3}
+    found = fused_linear_divergence(*student, teacher, weights_N=weights, **options)
+    q = (student[0] @ student[1].t()).log_softmax(-1)
+    rows = REFERENCES[divergence](log_p_of(teacher), q, DIVERGENCES[divergence].mix)
+    expected = 0.75 * (weights * rows).sum() + 0.25 * functional.nll_loss(q, labels, reduction="sum")
+    torch.testing.assert_close(found.loss, expected)
+    wanted = torch.autograd.grad(expected, student)
+    for ours, theirs in zip(torch.autograd.grad(found.loss, student), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("divergence", [name for name, row in DIVERGENCES.items() if row.mix])
+def test_the_mixing_weight_is_the_callers(divergence):
+    student, teacher, labels = inputs()
+    expected = plain(student, teacher, labels=labels, vocab=VOCAB, divergence=divergence, mix=0.3)[0]
+    torch.testing.assert_close(
+        fused_linear_divergence(*student, teacher, divergence=divergence, mix=0.3).loss, expected
+    )
+    with pytest.raises(UserError, match=r"mix is 1\.0; expected between 0 and 1, exclusive"):
+        fused_linear_divergence(*student, teacher, divergence=divergence, mix=1.0)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k", [1, 5, VOCAB])
+def test_the_top_k_are_compared_with_a_bucket_for_the_rest(divergence, temperature, k):
+    student, teacher, _ = inputs()
+    log_p, ids = (log_p_of(teacher) / temperature).log_softmax(-1).topk(k)
+    found = fused_linear_divergence(
+        *student, TopK(ids, log_p), divergence=divergence, temperature=temperature, chunk_tokens=4
+    )
+    q = (student[0] @ student[1].t() / temperature).softmax(-1)
+    inside = q.gather(1, ids)
+
+    def bucketed(some):
+        return torch.cat([some, (1 - some.sum(-1, keepdim=True)).clamp(min=1e-6)], -1)
+
+    rows = REFERENCES[divergence](bucketed(log_p.exp()).log(), bucketed(inside).log(), DIVERGENCES[divergence].mix)
+    expected = rows.sum() * temperature**2
+    torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(expected, student)
+    for ours, theirs in zip(torch.autograd.grad(found.loss, student), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4 if k == VOCAB else 1e-7)
+
+
+def test_all_ids_but_one_kept_lose_nothing():
+    student, teacher, labels = inputs(scale=0.5)
+    log_p, ids = log_p_of(teacher).topk(VOCAB - 1)  # the bucket then is the last id itself
+    for divergence in DIVERGENCES:
+        expected = plain(student, teacher, labels=labels, vocab=VOCAB, divergence=divergence)[0]
+        found = fused_linear_divergence(*student, TopK(ids, log_p), divergence=divergence).loss
+        torch.testing.assert_close(found, expected)
+
+
+def test_sampled_ids_are_unbiased_and_may_repeat():
+    student, teacher, _ = inputs()
+    p = log_p_of(teacher).exp()
+    entropy = -(p * p.log()).sum(-1)
+    exact = torch.autograd.grad(fused_linear_divergence(*student, teacher).loss, student)
+    generator = torch.Generator().manual_seed(0)
+    draws = 20_000
+    ids = torch.multinomial(p, draws, replacement=True, generator=generator)
+    found = fused_linear_divergence(*student, Sampled(ids, torch.full(ids.shape, 1 / draws), entropy), chunk_tokens=4)
+    torch.testing.assert_close(found.loss, plain(student, teacher, labels=ids[:, 0], vocab=VOCAB)[0], rtol=2e-2, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(found.loss, student), exact, strict=True):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    with pytest.raises(UserError, match="sampled ids give no unbiased reverse_kl"):
+        fused_linear_divergence(*student, Sampled(ids, ids.float(), entropy), divergence="reverse_kl")
+
+
+def test_the_recipe_knows_every_divergence():
+    from typing import get_args
+
+    from compressor.recipe import Distill
+
+    assert set(get_args(Distill.model_fields["divergence"].annotation)) == set(DIVERGENCES)

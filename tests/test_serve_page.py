@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import signal
-import threading
-import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +14,7 @@ import serve
 from compressor.checkpoint import DEMO_FOLDER
 from compressor.errors import UserError
 from serve import markup, saved
-from serve.app import App
-from serve.models import Offer
-from serve.votes import Ballot
+from serve.presets import turns
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
@@ -78,8 +76,15 @@ def test_programs_compare_and_vote(client, served, run):
     [
         (("/compare", "x" * 200_000, [TEACHER]), "200,000 characters; expected at most 20,000"),
         (("/compare", "  ", [TEACHER]), "the prompt is empty"),
-        (("/compare", "hi", ["nobody"]), "no model is chosen; expected one or more of"),
+        (("/compare", "hi", [TEACHER, "nobody"]), "model 'nobody' is not on offer; expected one to 3 of"),
+        (("/compare", "hi", []), "0 models are chosen; expected one to 3 of"),
+        (("/compare", "hi", TEACHER), "argument models: Input should be a valid list"),
+        (("/compare", "hi", [TEACHER], 10**9), "max_new_tokens is 1000000000; Input should be less"),
+        (("/compare", "hi", [TEACHER], 9, "hot"), "argument temperature: Input should be a valid number"),
+        (("/compare", "hi", [TEACHER], 9, -1.0), "temperature is -1.0; Input should be greater"),
+        (("/compare", "hi", [TEACHER], 9, 0.0, 2**70), "seed is 1180591620717411303424; Input should be less"),
         (("/vote", "maybe", TEACHER, STUDENT), "vote 'maybe' is not known"),
+        (("/vote", "left", TEACHER, TEACHER), "both sides are teacher; expected two models"),
         (("/vote", "left", "/etc/passwd", STUDENT), "model '/etc/passwd' is not on offer"),
     ],
 )
@@ -87,6 +92,10 @@ def test_what_programs_get_wrong_is_told_in_a_line(client, call, says):
     endpoint, *arguments = call
     with pytest.raises(Exception, match=says):
         client.predict(*arguments, api_name=endpoint)
+
+
+def test_programs_see_their_two_endpoints_alone(client):
+    assert client.view_api(return_format="dict", print_info=False)["named_endpoints"].keys() == {"/compare", "/vote"}
 
 
 def test_ten_users_get_their_own_answers(served):
@@ -99,32 +108,6 @@ def test_ten_users_get_their_own_answers(served):
     ]
     for job, (one, two) in zip(jobs, pairs, strict=True):
         assert job.result(timeout=120)["sides"][0]["text"] == f"{two}-{one}".title()
-
-
-def test_a_killed_model_does_not_take_the_page_down(client, served):
-    model = served.app.models[TEACHER]
-    client.predict(WORDS, [TEACHER], api_name="/compare")
-    question = served.app.question(WORDS, names=[TEACHER], settings={"max_new_tokens": 200})
-    sides = served.app.answer(question, 0, threading.Event())
-    next(sides)
-    os.kill(model.pid, signal.SIGKILL)
-    last = list(sides)[-1]
-    assert last["state"] == "failed" or last["figures"]  # it may have been done already
-    assert client.predict(WORDS, [TEACHER], api_name="/compare")["sides"][0]["text"] == "Ladder-Basket"
-
-
-def test_stopping_ends_an_answer_and_frees_the_model(served):
-    app = served.app
-    stop = threading.Event()
-    question = app.question("Tell me a story.", names=[TEACHER], settings={"max_new_tokens": 400})
-    sides = app.answer(question, 0, stop)
-    while not next(sides)["text"]:
-        pass
-    stop.set()
-    assert [side["state"] for side in sides][-1] in ("stopped", "")
-    free = app.models[TEACHER]._turn.acquire(timeout=30)
-    assert free
-    app.models[TEACHER]._turn.release()
 
 
 def test_no_file_of_the_machine_can_be_had_but_the_report(served, run):
@@ -140,35 +123,64 @@ def test_no_file_of_the_machine_can_be_had_but_the_report(served, run):
     assert httpx.get(f"{served.url}gradio_api/file={run / 'report.html'}").status_code == 200
 
 
-def test_models_rest_to_make_room_but_not_those_that_are_asked(run, monkeypatch):
-    offers = [Offer(name, str(DEMO_FOLDER), 10**6) for name in "abc"]
-    app = App(offers, Ballot(), threads=1)
-    loaded: set[str] = set()
-    for name, model in app.models.items():
-        monkeypatch.setattr(type(model), "state", property(lambda m: "ready" if m.offer.name in loaded else "asleep"))
-        monkeypatch.setattr(model, "rest", lambda name=name: loaded.discard(name))
-    monkeypatch.setattr("serve.app.has_room", lambda offer: len(loaded) < 2)  # a machine with room for two
-    for name, keep in (("a", "a"), ("b", "ab"), ("c", "ac")):
-        app._make_room(name, keep=list(keep))
-        loaded.add(name)
-    assert loaded == {"a", "c"}  # b was asked after a, but a is part of the question
-    app.close()
-
-
 def test_a_conversation_goes_on_from_each_sides_own_answers(served):
     app = served.app
     asked = app.question("Hello!", names=[STUDENT, TEACHER], skill="chat", system="Be kind.")
     assert asked["measure"] == 1  # the teacher, wherever it stands
     sides = [{"text": "Hi."}, {"text": "Good day."}]
     grown = app.follow(asked, sides, "And now?", {"seed": 3})
-    from serve.app import turns
-
+    assert grown["id"] != asked["id"]
     told = [[turn["content"] for turn in turns(grown, place)] for place in (0, 1)]
     assert told == [["Be kind.", "Hello!", "Hi.", "And now?"], ["Be kind.", "Hello!", "Good day.", "And now?"]]
-    again = app.follow(grown, [{"text": "x"}, {"text": "y" * 19_990}], "On?", {})
+    again = app.follow(grown, [{"text": "x"}, {"text": "y" * 19_900}], "On?", {})
     assert [turn["content"] for turn in turns(again, 0)][1:] == ["Hello!", "Hi.", "And now?", "x", "On?"]
     with pytest.raises(UserError, match="expected at most 20,000; shorten"):
-        app.follow(again, sides, "more", {})
+        app.follow(again, sides, "more" * 20, {})
+
+
+def test_a_session_has_one_question_and_one_vote(served):
+    app = served.app
+    first, second = (app.question(words, names=[TEACHER, STUDENT]) for words in ("One?", "Two?"))
+    app.begin("me", first)
+    stop = app.claim("me", first, 0)
+    assert app.claim("me", first, 0) is None  # begun already
+    assert app.claim("you", first, 1) is None
+    app.begin("me", second)
+    assert stop.is_set()
+    assert app.claim("me", first, 1) is None
+    assert not app.claim("me", second, 0).is_set()
+    sides = [app.waiting(second, place) for place in (0, 1)]
+    with pytest.raises(UserError, match="you have voted on these answers"):
+        app.cast("me", "left", first, sides)
+    before = len(app.ballot.votes)
+    app.cast("me", "left", second, sides)
+    with pytest.raises(UserError, match="you have voted on these answers"):
+        app.cast("me", "right", second, sides)
+    assert len(app.ballot.votes) == before + 1
+    again = app.follow(second, sides, "And?", {})
+    app.begin("me", again)
+    with pytest.raises(UserError, match="a side has failed"):
+        app.cast("me", "left", again, [sides[0] | {"error": "no"}, sides[1]])
+    app.cast("me", "left", again, sides)
+    files = app.votes("me") + app.votes("you")
+    app.forget("me")
+    assert [Path(file).exists() for file in files] == [False, False, True, True]
+    assert app.claim("me", second, 1) is None
+
+
+def test_nothing_tells_a_blind_side_before_the_vote(served):
+    app = served.app
+    tools = '[{"name": "f"}]'
+    asked = app.question("Call f.", names=[STUDENT, TEACHER], skill="tools", tools=tools, blind=True)
+    figures = {"tokens": 7, "ttft_s": 0.125, "tokens_per_s": 77.5, "peak_rss_bytes": 10**8, "stopped": False}
+    one = app.waiting(asked, 0) | {"figures": figures, "state": "", "text": "same"}
+    other = app.waiting(asked, 1) | {"error": "the process of teacher was killed", "state": "failed", "text": "same"}
+    shown = "".join(markup.answer_cards(asked, [one, other], ["A", "B"])) + markup.ratio_line(asked, [one, other], "AB")
+    for telling in ("teacher", "student", "MiB", "125 ms", "77.5", "against", "the same calls"):
+        assert telling not in shown
+    told = "".join(markup.answer_cards(asked | {"blind": False}, [one, other], ["A: student", "B: teacher"]))
+    for telling in ("A: student", "the process of teacher was killed", "MiB", "125 ms", "the same calls as B: teacher"):
+        assert telling in told
 
 
 def test_others_are_let_in_with_a_password_only():
@@ -178,6 +190,12 @@ def test_others_are_let_in_with_a_password_only():
         serve.launch([str(DEMO_FOLDER)], auth="me", wait=False)
     with pytest.raises(UserError, match="nothing to serve; expected a run folder"):
         serve.launch([], wait=False)
+
+
+def test_a_port_that_is_taken_is_told(served):
+    port = int(served.url.rstrip("/").rpartition(":")[2])
+    with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 cannot be had .*; expected a free one; give --port"):
+        serve.launch([str(DEMO_FOLDER)], port=port, wait=False)
 
 
 def test_words_of_models_and_people_are_escaped(tmp_path):
@@ -195,7 +213,7 @@ def test_words_of_models_and_people_are_escaped(tmp_path):
     whole = markup.whole_page(saved.comparison(question, sides, [[], [[evil, 0.5, evil, False]]]))
     assert "<script" not in whole
     assert whole.count("&lt;script&gt;") > 8
-    assert '<mark class="nocite" title="no such passage">[9]</mark>' in whole
+    assert '<mark class="nocite" title="no such passage">&lt;script&gt;alert(1)&lt;/script&gt; [9]</mark>' in whole
 
 
 GOOD = {
@@ -221,6 +239,9 @@ GOOD = {
         ({"sides": [GOOD["sides"][0] | {"text": 3}]}, "sides.0.text: "),
         ({"question": GOOD["question"] | {"measure": 1}}, "the file: .* the measure is no side"),
         ({"rated": [[["a", "b", "c", True]]]}, "rated.0.0.1: "),
+        ({"question": GOOD["question"] | {"check": {"bogus": 1}}}, "the file: .* check is none of ours"),
+        ({"question": GOOD["question"] | {"check": {"list": 1}}}, "the file: .* check is none of ours"),
+        ({"question": GOOD["question"] | {"tools": [{"a": 1}]}}, "the file: .* is no function"),
     ],
 )
 def test_a_file_that_is_no_comparison_is_one_line(tmp_path, changes, where):
@@ -279,16 +300,21 @@ def ask(tab, skill: str) -> None:
     tab.keyboard.press("ArrowDown")
     tab.keyboard.press("Enter")
     tab.wait_for_function(f"document.querySelector('#prompt-{skill} textarea').value.length > 5")
-    tab.click(f"#ask-{skill}")
-    wait_for_answers(tab)
+    press(tab, f"#ask-{skill}")
 
 
-def wait_for_answers(tab) -> None:
-    """A question empties the files to keep, so the old answers' end is not taken for the new ones'."""
-    tab.wait_for_function("[...document.querySelectorAll('.side')].some(side => !side.querySelector('.over'))")
-    tab.wait_for_function(
-        "[...document.querySelectorAll('.side')].every(side => side.querySelector('.over'))", timeout=60_000
-    )
+def press(tab, selector: str) -> None:
+    """Press a button that asks, and wait for the answers to the new question."""
+    old = tab.evaluate("document.querySelector('.side')?.dataset.question ?? ''")
+    tab.click(selector)
+    wait_for_answers(tab, old)
+
+
+def wait_for_answers(tab, old: str) -> None:
+    """Until every card belongs to another question than `old` and has ended."""
+    done = f"[...document.querySelectorAll('.side')].every(s => s.dataset.question != '{old}' && s.matches('.over'))"
+    tab.wait_for_function(f"document.querySelector('.side') && {done}", timeout=60_000)
+    tab.wait_for_timeout(300)  # the comparison of the calls comes after the last answer
 
 
 @needs_chromium
@@ -307,12 +333,10 @@ def test_a_person_asks_in_every_tab_votes_keeps_and_replays(served, browser, tmp
     tab.locator("#side-B .checks li", has_text="the same calls as A: teacher").locator("visible=true").wait_for()
     turn_to(tab, "Chat")
     tab.fill("#prompt-chat textarea", WORDS)
-    tab.click("#ask-chat")
-    wait_for_answers(tab)
+    press(tab, "#ask-chat")
     assert tab.inner_text("#side-A .text") == "Ladder-Basket"
     tab.fill("#prompt-chat textarea", WORDS.replace("basket", "river"))
-    tab.click("#follow-chat")
-    wait_for_answers(tab)
+    press(tab, "#follow-chat")
     assert tab.locator("#side-A .turn").all_inner_texts() == [WORDS, "Ladder-Basket"]
     turn_to(tab, "Role play")
     tab.get_by_text("Settings").click()
@@ -326,6 +350,11 @@ def test_a_person_asks_in_every_tab_votes_keeps_and_replays(served, browser, tmp
     tab.wait_for_selector("text=you have voted on these answers")
     assert len(served.app.ballot.votes) == before + 1
     assert served.app.ballot.votes[-1]["blind"] is True
+    tab.locator("#tally td", has_text="blind").wait_for()
+    tab.reload()  # votes are still there for who comes back, or comes new
+    tab.locator("#tally td", has_text="blind").wait_for()
+    turn_to(tab, "Role play")
+    ask(tab, "roleplay")
     tab.get_by_text("Difference, and how").click()
     tab.click("#look")
     tab.wait_for_selector("#apart .heat", timeout=60_000)
@@ -365,10 +394,8 @@ def test_nothing_moves_while_answers_stream_in(served, browser, width):
         turn_to(tab, title)
         ask(tab, skill)
         tab.evaluate("window.shifted = 0")  # tabs and their inputs may move things, answers may not
-        tab.click(f"#ask-{skill}")
-        wait_for_answers(tab)
-        time.sleep(0.3)
-        assert tab.evaluate("window.shifted") < 0.02, skill
+        press(tab, f"#ask-{skill}")
+        assert tab.evaluate("window.shifted") < 0.005, skill
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     tab.close()
 
@@ -388,7 +415,7 @@ def test_the_page_can_be_used_with_the_keyboard_alone(served, browser):
     tab.keyboard.type(WORDS)
     reach("#ask-instruction")
     tab.keyboard.press("Enter")
-    wait_for_answers(tab)
+    wait_for_answers(tab, "")
     reach("#side-A .body")  # a long answer can be scrolled
     reach("#vote-left")
     before = len(served.app.ballot.votes)
@@ -398,48 +425,87 @@ def test_the_page_can_be_used_with_the_keyboard_alone(served, browser):
     tab.close()
 
 
-@needs_chromium
-def test_the_stop_button_ends_every_side_and_frees_the_models(served, browser, monkeypatch):
-    tab = opened(browser, served.url)
-    slow(monkeypatch)
-    tab.fill("#prompt-instruction textarea", WORDS)
+@contextmanager
+def held(served):
+    """Every model loaded, and its process standing still in the block, as in the middle of a long answer."""
+    for name in served.app.offers:
+        served.app.compare("Hello!", [name], max_new_tokens=1)
+    pids = [served.app.models[name].pid for name in served.app.offers]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def asked(tab, words: str) -> str:
+    """Ask and wait for the cards of the new question alone; returns the old one's id."""
+    old = tab.evaluate("document.querySelector('.side')?.dataset.question ?? ''")
+    tab.fill("#prompt-instruction textarea", words)
     tab.click("#ask-instruction")
-    tab.wait_for_function("document.querySelector('#side-A .text')?.innerText.trim().length > 0", timeout=60_000)
-    tab.click("#stop")
+    tab.wait_for_function(f"!['', '{old}', undefined].includes(document.querySelector('.side')?.dataset.question)")
+    return old
+
+
+@needs_chromium
+def test_the_stop_button_ends_every_side_and_frees_the_models(served, browser):
+    tab = opened(browser, served.url)
+    with held(served):
+        asked(tab, WORDS)
+        tab.wait_for_timeout(500)
+        tab.click("#stop")
+        tab.wait_for_timeout(500)
     for side in "ABC":
         tab.wait_for_selector(f"#side-{side} .state:has-text('stopped')", timeout=20_000)
-    monkeypatch.undo()
-    tab.click("#ask-instruction")  # the models are free again
-    wait_for_answers(tab)
+        assert tab.inner_text(f"#side-{side} .text").strip() == ""
+    press(tab, "#ask-instruction")  # the models are free again
     assert tab.inner_text("#side-A .text") == "Ladder-Basket"
     tab.close()
 
 
-def slow(monkeypatch) -> None:
-    """Answers that take seconds, as a large model's do."""
-    stream = App.answer
-
-    def slowly(self, *arguments):
-        for side in stream(self, *arguments):
-            time.sleep(1)
-            yield side
-
-    monkeypatch.setattr(App, "answer", slowly)
+@needs_chromium
+def test_two_people_stream_side_by_side(served, browser):
+    wanted = {"river": "Ladder-River", "candle": "Ladder-Candle"}
+    tabs = {word: opened(browser, served.url) for word in wanted}
+    with held(served):
+        old = {word: asked(tab, WORDS.replace("basket", word)) for word, tab in tabs.items()}
+    for word, tab in tabs.items():
+        wait_for_answers(tab, old[word])
+        assert tab.inner_text("#side-A .text") == wanted[word]
+        tab.close()
 
 
 @needs_chromium
-def test_two_people_stream_side_by_side(served, browser, monkeypatch):
-    asked = {"river": "Ladder-River", "candle": "Ladder-Candle"}
-    tabs = {word: opened(browser, served.url) for word in asked}
-    for word, tab in tabs.items():
-        tab.fill("#prompt-instruction textarea", WORDS.replace("basket", word))
-    slow(monkeypatch)
-    for tab in tabs.values():
-        tab.click("#ask-instruction")
-    for word, tab in tabs.items():
-        wait_for_answers(tab)
-        assert tab.inner_text("#side-A .text") == asked[word]
-        tab.close()
+def test_who_asks_again_before_the_end_sees_the_second_answer_alone(served, browser):
+    tab = opened(browser, served.url)
+    with held(served):
+        asked(tab, WORDS)
+        old = asked(tab, WORDS.replace("basket", "river"))
+    wait_for_answers(tab, old)
+    assert tab.inner_text("#side-A .text") == "Ladder-River"
+    before = len(served.app.ballot.votes)
+    tab.click("#vote-left")
+    tab.wait_for_timeout(1000)
+    vote = served.app.ballot.votes[before]
+    assert ("river" in vote["prompt"], vote["left_answer"]) == (True, "Ladder-River")
+    tab.close()
+
+
+@needs_chromium
+def test_a_model_that_is_killed_shows_its_error_beside_the_others(served, browser):
+    tab = opened(browser, served.url)
+    with held(served):
+        old = asked(tab, WORDS)
+        os.kill(served.app.models[TEACHER].pid, signal.SIGKILL)
+    wait_for_answers(tab, old)
+    assert "the process of teacher was killed by signal 9" in tab.inner_text("#side-A .error")
+    assert tab.inner_text("#side-B .text").strip()
+    press(tab, "#ask-instruction")
+    assert tab.inner_text("#side-A .text") == "Ladder-Basket"
+    tab.close()
 
 
 @needs_chromium
@@ -448,8 +514,7 @@ def test_mistakes_are_shown_and_harm_nothing(served, browser):
     shown: list[str] = []
     tab.on("dialog", lambda dialog: shown.append(dialog.message) or dialog.dismiss())
     tab.fill("#prompt-instruction textarea", "<script>alert(1)</script><img src=x onerror=alert(2)>")
-    tab.click("#ask-instruction")
-    wait_for_answers(tab)
+    press(tab, "#ask-instruction")
     tab.fill("#prompt-instruction textarea", "  ")
     tab.click("#ask-instruction")
     tab.wait_for_selector("text=the prompt is empty")
@@ -464,21 +529,4 @@ def test_mistakes_are_shown_and_harm_nothing(served, browser):
     tab.click("#follow-chat")
     tab.wait_for_selector("text=the last question was asked under Instructions; ask here first")
     assert not shown
-    tab.close()
-
-
-@needs_chromium
-def test_a_model_that_is_killed_shows_its_error_beside_the_other(served, browser, monkeypatch):
-    tab = opened(browser, served.url)
-    tab.fill("#prompt-instruction textarea", WORDS)
-    slow(monkeypatch)
-    tab.click("#ask-instruction")
-    tab.wait_for_function("document.querySelector('#side-B .text')?.innerText.trim().length > 0", timeout=60_000)
-    os.kill(served.app.models[TEACHER].pid, signal.SIGKILL)
-    tab.wait_for_selector("#side-B .over", timeout=60_000)
-    state = tab.inner_text("#side-A")
-    assert "Ladder-Basket" in state or "the process of teacher ended with code -9" in state
-    monkeypatch.undo()
-    tab.click("#ask-instruction")
-    tab.wait_for_selector("#side-A .over", timeout=60_000)
     tab.close()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from compressor import train as training
 from compressor.data import collate, hidden_states, position_ids, targets
 from compressor.errors import UserError
+from compressor.recipe import Distill
 from compressor.train import LossSum, train
 
 CONTEXT = 12
@@ -69,7 +70,7 @@ def settings(**changes):
         "save_every": 2,
         "chunk_tokens": 16,
     }
-    return SimpleNamespace(**(values | changes))
+    return Distill(**(values | changes))
 
 
 def cross_entropy(model, batch):

@@ -1,27 +1,29 @@
-"""Divergences between teacher and student, fused with their lm_heads: no tokens x vocabulary tensor is whole.
+"""A divergence fused with the lm_heads: no tokens x vocabulary tensor is whole.
 
-Hidden states of both models go through their heads a few rows at a time. For each chunk the gradient with
-respect to the student's logits is formed in place in the forward pass and folded at once into the
-gradients of the student's hidden states and head, so memory is a few chunk x vocabulary buffers, reused
-for every chunk. The sum over rows (Hinton et al., arXiv 1503.02531; Minitron trains on the first term alone):
-    (1 - ce_weight) * tau^2 * D(softmax(z_T / tau), softmax(z_S / tau)) + ce_weight * CE(z_S, label)
-Shape suffixes: N rows, C rows of a chunk, D student width, E teacher width, V shared real ids.
+Hidden states go through their heads a few rows at a time. For each chunk the gradient with respect to the student's
+logits is formed in place in the forward pass and folded at once into the gradients of the student's hidden states and
+head, so memory is a few chunk x vocabulary buffers, reused for every chunk. The sum over rows (Hinton et al., arXiv
+1503.02531; Minitron trains on the first term alone):
+    (1 - ce_weight) * tau^2 * weight * D(softmax(z_T / tau), softmax(z_S / tau)) + ce_weight * CE(z_S, label)
+Shape suffixes: N rows, C rows of a chunk, D student width, E teacher width, V shared real ids, W ids of a teacher's
+head, K ids that are kept of a teacher's distribution.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .errors import UserError
+from ..errors import UserError
+from .divergences import DIVERGENCES, Divergence
 
 # Rows of the head whose gradient is widened to float32 at a time when products are made in half precision.
 HEAD_ROWS = 8192
+TAIL = 1e-6  # the least probability of all ids outside the top k: their logarithm is taken
 
 
 class LossParts(NamedTuple):
@@ -32,30 +34,46 @@ class LossParts(NamedTuple):
     ce: Tensor | None  # cross-entropy at temperature 1; None without labels
 
 
-def forward_kl(log_q_CV: Tensor, log_p_CV: Tensor, scratch_CV: Tensor) -> Tensor:
-    """KL(p || q) = sum p (log p - log q) per row; p is the teacher, q the student; d/dz = q - p."""
-    torch.sub(log_p_CV, log_q_CV, out=scratch_CV)
-    p_CV = log_p_CV.exp_()
-    rows_C = scratch_CV.mul_(p_CV).sum(-1)
-    log_q_CV.exp_().sub_(p_CV)
-    return rows_C
+class Dense(NamedTuple):
+    """The teacher's whole distributions, as its final hidden states and its head."""
+
+    hidden_NE: Tensor
+    head_WE: Tensor
 
 
-# A divergence takes the log-probabilities of student and teacher and a scratch buffer, all (C, V) and all
-# its own to overwrite. It returns the loss of each row (C,) and leaves dL/dz, z being the student's
-# logits (already divided by the temperature), in the first buffer.
-Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
-DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl}
+class TopK(NamedTuple):
+    """The teacher's K likeliest ids of each row, with log-probabilities at the loss's temperature.
+
+    What they leave is the tail.
+    """
+
+    ids_NK: Tensor
+    log_p_NK: Tensor
+
+
+class Sampled(NamedTuple):
+    """Ids drawn from the teacher, with weights that sum to 1 a row and are unbiased for its distribution.
+
+    Sparse Logit Sampling, arXiv 2503.16870. entropy_N: of the teacher, so that what is reported is a KL divergence.
+    """
+
+    ids_NK: Tensor
+    weights_NK: Tensor
+    entropy_N: Tensor
+
+
+Teacher = Dense | TopK | Sampled
 
 
 def fused_linear_divergence(
     student_ND: Tensor,
     student_head_VD: Tensor,
-    teacher_NE: Tensor,
-    teacher_head_WE: Tensor,
+    teacher: Teacher,
     *,
     labels_N: Tensor | None = None,
+    weights_N: Tensor | None = None,
     divergence: str = "forward_kl",
+    mix: float | None = None,
     temperature: float = 1.0,
     ce_weight: float = 0.0,
     vocab: int | None = None,
@@ -65,10 +83,12 @@ def fused_linear_divergence(
 
     Rows are those that count: the caller drops padding and masked targets first (N = 0 gives zero). Heads
     may have more rows than there are real ids, and not equally many; `vocab` (default: the smaller head)
-    ids are shared, the rest is left out of both softmaxes. Labels are ids below `vocab`. Softmax,
-    divergence and sums are float32 (float64 for float64 inputs); matrix products use the inputs'
-    precision, or autocast's where it is on.
+    ids are shared, the rest is left out of both softmaxes. Labels are ids below `vocab`; `weights_N` scale the
+    divergence of each row, `mix` is the divergence's own weight (default: its row's). Softmax, divergence and sums
+    are float32 (float64 for float64 inputs); matrix products use the inputs' precision, or autocast's where it is on.
 
+    A `TopK` teacher is compared on its K ids and one more for all the rest, by any divergence. A `Sampled` one knows
+    only forward KL, which is linear in p, so that an unbiased p gives an unbiased gradient.
     Raises UserError for an unknown divergence and for settings outside their range.
     """
     if divergence not in DIVERGENCES:
@@ -79,26 +99,32 @@ def fused_linear_divergence(
         raise UserError(f"temperature is {temperature}; expected more than 0; 1.0 is the usual choice")
     if not 0 <= ce_weight <= 1:
         raise UserError(f"ce_weight is {ce_weight}; expected 0 (teacher only) to 1 (labels only)")
-    smaller = min(len(student_head_VD), len(teacher_head_WE))
+    row = DIVERGENCES[divergence]
+    mix = row.mix if mix is None else mix
+    if row.mix is not None and not 0 < (mix or 0) < 1:
+        raise UserError(f"mix is {mix}; expected between 0 and 1, exclusive; {row.mix} is the default of {divergence}")
+    if isinstance(teacher, Sampled) and divergence != "forward_kl":
+        raise UserError(f"sampled ids give no unbiased {divergence}; expected forward_kl; use another signal")
+    heads = [len(student_head_VD)] + ([len(teacher.head_WE)] if isinstance(teacher, Dense) else [])
+    smaller = min(heads)
     vocab = smaller if vocab is None else vocab
     if not 0 < vocab <= smaller:
         raise UserError(
-            f"vocab is {vocab}, the heads have {len(student_head_VD)} and {len(teacher_head_WE)} rows; "
+            f"vocab is {vocab}, the heads have {' and '.join(map(str, heads))} rows; "
             f"expected 1 to {smaller}; pass the number of ids that both models know"
         )
     if ce_weight > 0 and labels_N is None:
         raise UserError("ce_weight is above 0 but there are no labels; pass labels or set ce_weight to 0")
     device = student_ND.device.type
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    options = _Options(DIVERGENCES[divergence], float(temperature), float(ce_weight), vocab, chunk_tokens, product)
-    loss, kl, ce = _FusedLinearDivergence.apply(
-        student_ND, student_head_VD, teacher_NE, teacher_head_WE, labels_N, options
-    )
+    options = _Options(row, mix or 0.0, float(temperature), float(ce_weight), vocab, chunk_tokens, product)
+    loss, kl, ce = _FusedLinearDivergence.apply(student_ND, student_head_VD, teacher, labels_N, weights_N, options)
     return LossParts(loss, kl, None if labels_N is None else ce)
 
 
 class _Options(NamedTuple):
     divergence: Divergence
+    mix: float
     temperature: float
     ce_weight: float
     vocab: int
@@ -114,9 +140,9 @@ class _FusedLinearDivergence(torch.autograd.Function):
         ctx: Any,
         student_ND: Tensor,
         student_head_VD: Tensor,
-        teacher_NE: Tensor,
-        teacher_head_WE: Tensor,
+        teacher: Teacher,
         labels_N: Tensor | None,
+        weights_N: Tensor | None,
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_hidden, need_head = ctx.needs_input_grad[:2]
@@ -128,9 +154,9 @@ class _FusedLinearDivergence(torch.autograd.Function):
             sums, ctx.grad_hidden_ND, ctx.grad_head_VD = _chunks(
                 student_ND,
                 student_head_VD,
-                teacher_NE,
-                teacher_head_WE,
+                teacher,
                 labels_N,
+                weights_N,
                 options,
                 need_hidden,
                 need_head,
@@ -157,21 +183,24 @@ class _FusedLinearDivergence(torch.autograd.Function):
 def _chunks(
     student_ND: Tensor,
     student_head_VD: Tensor,
-    teacher_NE: Tensor,
-    teacher_head_WE: Tensor,
+    teacher: Teacher,
     labels_N: Tensor | None,
+    weights_N: Tensor | None,
     options: _Options,
     need_hidden: bool,
     need_head: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor | None]:
     """The loop over chunks: (loss, kl, ce) sums and the gradients of the student's hidden states and head."""
-    divergence, tau, ce_weight, vocab, chunk_tokens, product = options
+    _, _, tau, ce_weight, vocab, chunk_tokens, product = options
     num_rows = len(student_ND)
     wide = torch.promote_types(torch.promote_types(student_ND.dtype, student_head_VD.dtype), torch.float32)
     student_dtype = product or student_head_VD.dtype
-    teacher_dtype = product or teacher_head_WE.dtype
     head_VD = student_head_VD[:vocab].to(student_dtype)
-    teacher_head_VE = teacher_head_WE[:vocab].to(teacher_dtype)
+    if isinstance(teacher, Dense):
+        teacher_dtype = product or teacher.head_WE.dtype
+        teacher = Dense(teacher.hidden_NE, teacher.head_WE[:vocab].to(teacher_dtype))
+    else:
+        teacher_dtype = student_dtype
 
     def buffer(dtype: torch.dtype = wide) -> Tensor:
         return torch.empty(min(chunk_tokens, num_rows), vocab, dtype=dtype, device=student_ND.device)
@@ -201,15 +230,21 @@ def _chunks(
                 ce_grad[:size].scatter_add_(1, labels_C1, ce_N.new_full((size, 1), -1.0))
         if labels_N is None or tau != 1:
             torch.log_softmax(scratch_CV.div_(tau), -1, out=log_q_CV)
-        _logits(teacher_NE[rows].to(teacher_dtype), teacher_head_VE, scratch_CV, narrow)
-        torch.log_softmax(scratch_CV.div_(tau), -1, out=log_p_CV)
-
-        kl_N[rows] = divergence(log_q_CV, log_p_CV, scratch_CV)
+        if isinstance(teacher, Dense):
+            _logits(teacher.hidden_NE[rows].to(teacher_dtype), teacher.head_WE, scratch_CV, narrow)
+            torch.log_softmax(scratch_CV.div_(tau), -1, out=log_p_CV)
+            kl_N[rows] = options.divergence.function(log_q_CV, log_p_CV, scratch_CV, options.mix)
+        elif isinstance(teacher, TopK):
+            kl_N[rows] = _top_k(options, log_q_CV, teacher.ids_NK[rows], teacher.log_p_NK[rows])
+        else:
+            kl_N[rows] = _sampled(log_q_CV, *(values[rows] for values in teacher))
         grad_logits_CV = log_q_CV
         if not (need_hidden or need_head):
             continue
         # tau^2 of the loss, 1/tau from z -> z / tau.
         grad_logits_CV.mul_((1 - ce_weight) * tau)
+        if weights_N is not None:
+            grad_logits_CV.mul_(weights_N[rows, None])
         if ce_grad is not None:
             grad_logits_CV.add_(ce_grad[:size], alpha=ce_weight)
         if student_dtype != wide:
@@ -219,11 +254,44 @@ def _chunks(
         if grad_head_VD is not None:
             _add_head_gradient(grad_head_VD[:vocab], grad_logits_CV, hidden_CD)
 
+    kl_N = kl_N if weights_N is None else kl_N * weights_N
     kl = kl_N.sum() * tau**2
     ce = ce_N.sum()
     loss = kl * (1 - ce_weight) + ce * ce_weight
     grad_head_VD = None if grad_head_VD is None else grad_head_VD.to(student_head_VD.dtype)
     return (loss, kl, ce), grad_hidden_ND, grad_head_VD
+
+
+def _top_k(options: _Options, log_q_CV: Tensor, ids_CK: Tensor, log_p_CK: Tensor) -> Tensor:
+    """The divergence over K ids and the tail; leaves dL/dz in the first buffer, as a divergence does.
+
+    With z' = (z_K, logsumexp of the others), softmax(z') is the student's distribution over these K + 1, so an id in K
+    has dL/dz' of its own and one in the tail its share q / q_tail of the tail's.
+    """
+    log_p_CK = log_p_CK.to(log_q_CV.dtype)
+    log_q_CK = log_q_CV.gather(1, ids_CK)
+    log_q_CL = torch.cat([log_q_CK, _rest(log_q_CK)], -1)
+    log_p_CL = torch.cat([log_p_CK, _rest(log_p_CK)], -1)
+    log_q_tail_C1 = log_q_CL[:, -1:].clone()
+    rows_C = options.divergence.function(log_q_CL, log_p_CL, torch.empty_like(log_p_CL), options.mix)
+    gradient_CL = log_q_CL
+    log_q_CV.sub_(log_q_tail_C1).exp_().mul_(gradient_CL[:, -1:])
+    log_q_CV.scatter_(1, ids_CK, gradient_CL[:, :-1])
+    return rows_C
+
+
+def _rest(log_CK: Tensor) -> Tensor:
+    """log(1 - sum exp), (C, 1): what a distribution leaves to other ids, TAIL at least."""
+    total_C1 = log_CK.double().logsumexp(-1, keepdim=True)
+    return torch.log1p(-total_C1.exp().clamp(max=1 - TAIL)).to(log_CK.dtype)
+
+
+def _sampled(log_q_CV: Tensor, ids_CK: Tensor, weights_CK: Tensor, entropy_C: Tensor) -> Tensor:
+    """-sum w log q - H(p), an unbiased KL(p || q); leaves q - w in the first buffer. An id may be drawn twice."""
+    weights_CK = weights_CK.to(log_q_CV.dtype)
+    rows_C = -(weights_CK * log_q_CV.gather(1, ids_CK)).sum(-1) - entropy_C
+    log_q_CV.exp_().scatter_add_(1, ids_CK, -weights_CK)
+    return rows_C
 
 
 def _logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor, narrow: dict[torch.dtype, Tensor]) -> None:

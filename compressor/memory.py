@@ -1,4 +1,4 @@
-"""How much memory this process has held at most, from the kernel's own count."""
+"""Memory by the kernel's own count: what this process holds and has held at most, and what is free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, CLEAR, MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 
 
 def reset_peak() -> None:
@@ -23,6 +23,15 @@ def resident(key: str = "VmRSS") -> int | None:
         found = re.search(rf"^{key}:\s+(\d+) kB", STATUS.read_text(), flags=re.M)
     except OSError:
         return _most() if key == "VmHWM" else None
+    return int(found[1]) * 1024 if found else None
+
+
+def available_memory() -> int | None:
+    """Bytes that a new process could take without swapping; None where the system does not tell."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), flags=re.M)
+    except OSError:
+        return None
     return int(found[1]) * 1024 if found else None
 
 
