@@ -31,6 +31,7 @@ from compressor.data import Blocks, calibration_batches, heldout_batches, record
 from compressor.distill import distillation_loss
 from compressor.scores import Scores
 from compressor.shape import Shape
+from compressor.signals import Online
 from compressor.train import train
 
 ARMS = (
@@ -78,7 +79,8 @@ def compare(
     section = {"context": 256, "fraction": recipe.data.heldout_fraction}
     heldout = heldout_batches(data, tokenizer, limit=200, batch_size=16, **section)
     with torch.no_grad():
-        sums = [distillation_loss(model, settings=recipe.distill)(model, batch).parts["ce"].item() for batch in heldout]
+        loss = distillation_loss(None, settings=recipe.distill)
+        sums = [loss(model, batch).parts["ce"].item() for batch in heldout]
     teacher_ce = sum(sums) / sum(int(targets(batch).sum()) for batch in heldout)
     scores = scores_of(model, source, tokenizer, recipe, source.shape.num_layers - shape.num_layers)
     found: dict[str, list[dict[str, Any]]] = {}
@@ -97,7 +99,7 @@ def compare(
             settings = recipe.distill.model_copy(update={"ce_weight": 0.0 if arm.endswith("KL") else 1.0})
             result = train(
                 student,
-                loss=distillation_loss(model, settings=settings),
+                loss=distillation_loss(Online(model), settings=settings),
                 batches=Blocks(data, tokenizer, seed=seed, **section),
                 heldout=heldout,
                 settings=settings,

@@ -1,7 +1,8 @@
 """Offline distillation: the teacher's next-token distribution on real data, one divergence, one loop.
 
-Teacher and student read the same packed rows; their final hidden states at the target positions go to the
-fused loss (losses.py). The student must end better on held-out rows than it was found, or the result says so.
+Teacher and student read the same packed rows; the student's final hidden states at the target positions go, with what
+the signal knows of the teacher there, to the fused loss. Without a signal the data alone are learned. The student must
+end better on held-out rows than it was found, or the result says so.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import load_model
-from .data import Batch, hidden_states, targets
-from .errors import UserError
-from .losses import Dense, fused_linear_divergence
+from .data import Batch, targets
+from .losses import fused_linear_divergence
+from .signals import Signal, check_head, head_weight, predicting
 from .train import LossFunction, LossSum, TrainResult, train
 
 
 def distill(
     student_folder: Path,
     *,
-    teacher: nn.Module,
+    signal: Signal | None,
     batches: torch.utils.data.IterableDataset,
     heldout: Sequence[Batch],
     settings: Any,
@@ -33,7 +34,7 @@ def distill(
     vocab: int | None = None,
     metrics: Path | None = None,
 ) -> TrainResult:
-    """Distill the student in `student_folder` from `teacher` (see teacher.load); checkpoints go to `folder`.
+    """Distill the student in `student_folder` by `signal` (see signals); checkpoints go to `folder`.
 
     `batches`, `heldout`, `metrics` and `settings` (a recipe.Distill) are as in `train.train`; `vocab` is
     the number of real ids (default: the smaller of the two heads), so that padded ids take no part.
@@ -42,11 +43,10 @@ def distill(
     result, and `best_folder` is then the folder that came in.
     """
     student = load_model(student_folder, dtype=torch.float32)
-    for model in (teacher, student):
-        check_head(model)
+    check_head(student)
     result = train(
         student,
-        loss=distillation_loss(teacher, settings=settings, vocab=vocab),
+        loss=distillation_loss(signal, settings=settings, vocab=vocab),
         batches=batches,
         heldout=heldout,
         settings=settings,
@@ -57,55 +57,27 @@ def distill(
     return replace(result, best_folder=result.best_folder or student_folder)
 
 
-def distillation_loss(teacher: nn.Module, *, settings: Any, vocab: int | None = None) -> LossFunction:
-    """The loss function for `train`: divergence to `teacher`, mixed with cross-entropy by ce_weight."""
+def distillation_loss(signal: Signal | None, *, settings: Any, vocab: int | None = None) -> LossFunction:
+    """The loss function for `train`: divergence to the teacher, mixed with cross-entropy by ce_weight.
+
+    Without a signal it is cross-entropy alone.
+    """
 
     def loss(student: nn.Module, batch: Batch) -> LossSum:
         counted_BT = targets(batch)
-        with torch.no_grad():
-            teacher_NE = _predicting(teacher, batch, counted_BT)
         parts = fused_linear_divergence(
-            _predicting(student, batch, counted_BT),
+            predicting(student, batch, counted_BT),
             head_weight(student),
-            Dense(teacher_NE, head_weight(teacher)),
+            signal(batch, counted_BT) if signal else None,
             labels_N=batch["labels"][:, 1:][counted_BT],
             divergence=settings.divergence,
             mix=settings.mix,
             temperature=settings.temperature,
-            ce_weight=settings.ce_weight,
+            ce_weight=settings.ce_weight if signal else 1.0,
             vocab=vocab,
             chunk_tokens=settings.chunk_tokens,
         )
         assert parts.ce is not None
-        return LossSum(parts.loss, {"kl": parts.kl, "ce": parts.ce})
+        return LossSum(parts.loss, {"kl": parts.kl, "ce": parts.ce} if signal else {"ce": parts.ce})
 
     return loss
-
-
-def _predicting(model: nn.Module, batch: Batch, counted_BT: Tensor) -> Tensor:
-    """Hidden states of the positions that predict a counted target, (N, width)."""
-    return hidden_states(model, batch)[:, :-1][counted_BT]
-
-
-def head_weight(model: nn.Module) -> Tensor:
-    """The lm_head's weight (vocab, hidden); the embedding's own parameter where they are tied."""
-    causal_lm: Any = model
-    head = causal_lm.get_output_embeddings()
-    return head.weight
-
-
-def check_head(model: nn.Module) -> None:
-    """Raise UserError unless the model's logits are its final hidden states times its head and nothing more.
-
-    A bias, a scale or a cap on the logits would be lost in the fused loss, without any sign of it.
-    """
-    device = head_weight(model).device
-    batch = {"input_ids": torch.tensor([[0, 1, 2, 3]], device=device)}
-    with torch.no_grad():
-        expected = model(batch["input_ids"], use_cache=False).logits.float()
-        found = (hidden_states(model, batch) @ head_weight(model).t()).float()
-    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-        raise UserError(
-            f"{type(model).__name__} changes its logits after the lm_head; expected hidden states times the "
-            "head; distill a model without a head bias, logit scale or soft cap"
-        )

@@ -51,8 +51,19 @@ class Importance(Section):
 
 
 class Distill(Section):
-    """How the student learns from the teacher: forward KL on logits, alone, as in arXiv 2408.11796."""
+    """How the student learns from the teacher: forward KL on logits, alone, as in arXiv 2408.11796, unless told so."""
 
+    method: Literal["kl", "sft", "seqkd"] = Field(
+        "kl",
+        description="kl: the teacher's distributions on the data; sft: the data alone; seqkd: the teacher's answers",
+    )
+    signal: Literal["online", "topk", "sampled", "hidden"] = Field(
+        "online",
+        description="the teacher beside the student, or what a cache keeps of it: its likeliest ids, drawn ids, "
+        "its final hidden states",
+    )
+    cache: str | None = Field(None, description="folder of the cache; cache/ in the run folder unless given")
+    keep: int = Field(64, gt=0, description="ids that a cache keeps of each token's distribution")
     tokens: int = Field(100_000_000, gt=0, description="training budget in tokens")
     batch: int = Field(64, gt=0, description="rows per optimizer step, over all processes")
     micro_batch: int = Field(1, gt=0, description="rows per forward pass")

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from compressor import train as training
 from compressor.data import collate, targets
-from compressor.distill import check_head, distill, distillation_loss
+from compressor.distill import distill, distillation_loss
 from compressor.errors import UserError
+from compressor.signals import Online, check_head
 from compressor.teacher import load
 
 TEACHER = {"hidden_size": 72, "seed": 5, "vocab_size": 270}  # wider than the student, padded further
@@ -34,7 +35,7 @@ def run(folder, *, rows=None, **changes):
     """Distill the student beside `folder` from the teacher beside it, in this process."""
     return distill(
         folder.parent / "student",
-        teacher=load(folder.parent / "teacher"),
+        signal=Online(load(folder.parent / "teacher")),
         batches=rows or Rows(),
         heldout=heldout(),
         settings=settings(**({"tokens": 64 * STEPS + 40, "batch": 8, "micro_batch": 4, "eval_every": 2} | changes)),
@@ -88,10 +89,11 @@ def test_loss_over_packed_and_padded_rows_equals_whole_logits_of_each_document(t
     expected = {name: parameter.grad for name, parameter in student.named_parameters()}
     student.zero_grad()
     options = settings(temperature=temperature, ce_weight=ce_weight, chunk_tokens=3)
+    signal = Online(teacher)
     remembers = []
     teacher.register_forward_hook(lambda *_: remembers.append(True))
     teacher.model.register_forward_hook(lambda *_: remembers.append(torch.is_grad_enabled()))
-    found = distillation_loss(teacher, settings=options, vocab=vocab)(student, batch)
+    found = distillation_loss(signal, settings=options, vocab=vocab)(student, batch)
     torch.testing.assert_close(found.loss, total)
     found.loss.backward()
     for name, parameter in student.named_parameters():
@@ -103,7 +105,7 @@ def test_loss_over_packed_and_padded_rows_equals_whole_logits_of_each_document(t
 
 
 def test_the_same_model_has_nothing_to_learn():
-    loss = distillation_loss(tiny_model(), settings=settings())(tiny_model(), collate(first_rows(3)))
+    loss = distillation_loss(Online(tiny_model()), settings=settings())(tiny_model(), collate(first_rows(3)))
     assert abs(float(loss.loss.detach())) < 1e-4
     assert float(loss.parts["ce"]) > 10
 
@@ -138,7 +140,7 @@ def test_distillation_lowers_the_heldout_divergence(models, tmp_path):
     assert first["heldout_loss"] == first["heldout_kl"] == result.first_heldout
     assert contents(tmp_path / "student") == before
     best = AutoModelForCausalLM.from_pretrained(result.best_folder)
-    loss = distillation_loss(load(tmp_path / "teacher"), settings=settings(), vocab=259)
+    loss = distillation_loss(Online(load(tmp_path / "teacher")), settings=settings(), vocab=259)
     with torch.no_grad():
         total = sum(float(loss(best, batch).loss) for batch in heldout())
     assert total / sum(int(targets(batch).sum()) for batch in heldout()) == pytest.approx(result.best_heldout, rel=1e-5)

@@ -68,7 +68,7 @@ Teacher = Dense | TopK | Sampled
 def fused_linear_divergence(
     student_ND: Tensor,
     student_head_VD: Tensor,
-    teacher: Teacher,
+    teacher: Teacher | None,
     *,
     labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
@@ -87,8 +87,9 @@ def fused_linear_divergence(
     divergence of each row, `mix` is the divergence's own weight (default: its row's). Softmax, divergence and sums
     are float32 (float64 for float64 inputs); matrix products use the inputs' precision, or autocast's where it is on.
 
-    A `TopK` teacher is compared on its K ids and one more for all the rest, by any divergence. A `Sampled` one knows
-    only forward KL, which is linear in p, so that an unbiased p gives an unbiased gradient.
+    Without a teacher there is cross-entropy alone. A `TopK` teacher is compared on its K ids and one more for all the
+    rest, by any divergence. A `Sampled` one knows only forward KL, which is linear in p, so that an unbiased p gives an
+    unbiased gradient.
     Raises UserError for an unknown divergence and for settings outside their range.
     """
     if divergence not in DIVERGENCES:
@@ -113,6 +114,8 @@ def fused_linear_divergence(
             f"vocab is {vocab}, the heads have {' and '.join(map(str, heads))} rows; "
             f"expected 1 to {smaller}; pass the number of ids that both models know"
         )
+    if teacher is None and ce_weight != 1:
+        raise UserError(f"ce_weight is {ce_weight} without a teacher; expected 1; pass what is known of one")
     if ce_weight > 0 and labels_N is None:
         raise UserError("ce_weight is above 0 but there are no labels; pass labels or set ce_weight to 0")
     device = student_ND.device.type
@@ -140,7 +143,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
         ctx: Any,
         student_ND: Tensor,
         student_head_VD: Tensor,
-        teacher: Teacher,
+        teacher: Teacher | None,
         labels_N: Tensor | None,
         weights_N: Tensor | None,
         options: _Options,
@@ -183,7 +186,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
 def _chunks(
     student_ND: Tensor,
     student_head_VD: Tensor,
-    teacher: Teacher,
+    teacher: Teacher | None,
     labels_N: Tensor | None,
     weights_N: Tensor | None,
     options: _Options,
@@ -236,6 +239,8 @@ def _chunks(
             kl_N[rows] = options.divergence.function(log_q_CV, log_p_CV, scratch_CV, options.mix)
         elif isinstance(teacher, TopK):
             kl_N[rows] = _top_k(options, log_q_CV, teacher.ids_NK[rows], teacher.log_p_NK[rows])
+        elif teacher is None:
+            log_q_CV.zero_()  # no divergence, no gradient of one
         else:
             kl_N[rows] = _sampled(log_q_CV, *(values[rows] for values in teacher))
         grad_logits_CV = log_q_CV

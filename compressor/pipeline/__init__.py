@@ -83,7 +83,7 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
         _open(run, recipe, teacher)
         fresh = False
         for name, stage in STAGES.items():
-            if name == "export" and not recipe.export.formats:
+            if (name == "export" and not recipe.export.formats) or (name == "cache" and not _caches(recipe)):
                 continue
             # exports may be asked for after all, and the report is then written again
             if (mark := run.done(name)) is not None and not (name == "report" and fresh):
@@ -107,6 +107,10 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
 
             raise CheckFailed(f"budget missed: {budget_line(one['path'], missed[0])}", result)
     return result
+
+
+def _caches(recipe: Recipe) -> bool:
+    return recipe.distill.signal != "online" and recipe.distill.method == "kl"
 
 
 def _check_exports(recipe: Recipe) -> None:
@@ -139,7 +143,8 @@ def _assist(job: Job) -> dict[str, Any]:
     The launcher ends us if the first process fails. Raises UserError where its run folder never comes into sight.
     """
     started = time.monotonic()
-    while job.run.done("surgery") is None:
+    ready = "cache" if _caches(job.recipe) else "surgery"
+    while job.run.done(ready) is None:
         if not job.run.recipe.exists() and time.monotonic() - started > PATIENCE_SECONDS:
             raise UserError(
                 f"no {job.run.folder} after {PATIENCE_SECONDS // 60} minutes; expected a run folder that all processes "

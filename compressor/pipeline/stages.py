@@ -62,6 +62,27 @@ class Job:
         section = self.recipe.data
         return {"split": section.split, "fraction": section.heldout_fraction, "seed": self.recipe.seed}
 
+    @property
+    def cache(self) -> Path:
+        """Where what the teacher said is kept, by recipes that keep it."""
+        return Path(self.recipe.distill.cache or self.run.folder / "cache")
+
+    @cached_property
+    def cached_of(self) -> dict[str, Any]:
+        """What such a cache depends on."""
+        from ..signals import fingerprint
+
+        settings = self.recipe.distill
+        assert settings.signal != "online"
+        return fingerprint(
+            teacher=self.teacher.fingerprint(),
+            tokenizer=self.tokenizer,
+            kind=settings.signal,
+            keep=settings.keep,
+            temperature=settings.temperature,
+            vocab=self.vocab,
+        )
+
     @cached_property
     def batches(self) -> Any:
         """The rows to train on."""
@@ -163,9 +184,53 @@ def surgery(job: Job) -> str:
     return f"{job.teacher.shape.parameters:,} -> {job.shape.parameters:,} parameters"
 
 
+def cache(job: Job) -> str:
+    """Ask the teacher once for all that the student will learn from, and measure what is lost by keeping part of it."""
+    from itertools import chain, islice
+
+    from ..data import heldout_rows
+    from ..signals import build
+    from ..train import check
+
+    settings = job.recipe.distill
+    rows = check(batches=job.batches, heldout=job.heldout, settings=settings) * settings.batch
+    held = heldout_rows(
+        job.source, job.tokenizer, context=job.recipe.data.context, limit=settings.heldout_rows, **job.data
+    )
+    with progress("cache", total=rows + len(held), unit="rows") as advance:
+        index = build(
+            job.cache,
+            lambda: teacher_of(job),
+            chain(held, islice(job.batches, rows)),
+            about=job.cached_of,
+            batch_size=settings.micro_batch,
+            progress=advance,
+        )
+    count = sum(shard["targets"] for shard in index["shards"])
+    nbytes = sum(shard["bytes"] for shard in index["shards"])
+    return f"{count:,} tokens in {job.cache}, {nbytes / count:.0f} bytes a token"
+
+
+def teacher_of(job: Job) -> Any:
+    """The teacher, loaded and frozen."""
+    from .. import teacher
+
+    return teacher.load(job.teacher.folder)
+
+
+def _signal(job: Job) -> Any:
+    """What the recipe's method knows of the teacher."""
+    from ..signals import Cached, Online
+
+    if job.recipe.distill.method == "sft":
+        return None
+    if job.recipe.distill.signal == "online":
+        return Online(teacher_of(job))
+    return Cached(job.cache, job.cached_of)
+
+
 def distill_student(job: Job) -> str:
     """Train the pruned model to predict what the teacher predicts; the best checkpoint becomes the student."""
-    from .. import teacher
     from ..checkpoint import load_tokenizer
     from ..data import check_same_tokens
     from ..distill import distill
@@ -174,7 +239,7 @@ def distill_student(job: Job) -> str:
     check_same_tokens(tokenizer, load_tokenizer(job.run.pruned))
     result = distill(
         job.run.pruned,
-        teacher=teacher.load(job.teacher.folder),
+        signal=_signal(job),
         batches=job.batches,
         heldout=job.heldout,
         settings=job.recipe.distill,
@@ -286,6 +351,7 @@ def report(job: Job) -> str:
 STAGES: dict[str, Callable[[Job], str]] = {
     "importance": importance,
     "surgery": surgery,
+    "cache": cache,
     "distill": distill_student,
     "evaluate": evaluate_all,
     "export": export_all,
