@@ -9,9 +9,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pipeline import bench, distill, evaluate, export, package, plan
+    from .pipeline import bench, cache, distill, evaluate, export, package, plan
 
-__all__ = ["bench", "distill", "evaluate", "export", "package", "plan"]
+__all__ = ["bench", "cache", "distill", "evaluate", "export", "package", "plan"]
 
 
 class _Package(ModuleType):

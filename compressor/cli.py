@@ -100,6 +100,15 @@ def distill(
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/TEACHER-TARGET]")] = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
+    method: Annotated[
+        str | None, typer.Option(help="kl (the teacher's distributions), sft (the data) or seqkd (its answers).")
+    ] = None,
+    signal: Annotated[
+        str | None, typer.Option(help="online, or what a cache keeps of the teacher: topk, sampled or hidden.")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A folder of compressor cache. [default: the run's]")
+    ] = None,
     export: Annotated[
         str | None, typer.Option(metavar="FORMATS", help="Export the student too: onnx-int4,gguf-q8_0, ...")
     ] = None,
@@ -111,6 +120,8 @@ def distill(
 ) -> None:
     """Prune the teacher to the target size, distill it back to health, judge it. Run it again to resume."""
     settings = [*(settings or [])]
+    dials = {"method": method, "signal": signal, "cache": cache}
+    settings += [f"distill.{key}={value}" for key, value in dials.items() if value is not None]
     if export is not None:
         settings.append(f"export.formats=[{export}]")
     if device is not None:
@@ -132,6 +143,25 @@ def distill(
         _print_json(report)
     else:
         print(report["files"]["html"])
+
+
+@app.command()
+def cache(
+    out: Annotated[Path, typer.Option(help="Folder of the cache; one that was ended goes on.")],
+    teacher: Teacher = None,
+    target: Target = None,
+    data: Data = None,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    signal: Annotated[str, typer.Option(help="topk, sampled or hidden.")] = "topk",
+    as_json: Json = False,
+) -> None:
+    """Keep what the teacher says of all that distill would show it, to train from without the teacher."""
+    from . import pipeline
+
+    settings = [*(settings or []), f"distill.signal={signal}"]
+    result = pipeline.cache(_recipe_values(teacher, target, data, recipe, settings), out=out, say=_say)
+    _print_json(result) if as_json else print(result["folder"])
 
 
 @app.command()

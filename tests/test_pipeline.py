@@ -544,3 +544,74 @@ def test_a_bad_export_is_told_before_anything_is_computed(world, tmp_path, secti
     with pytest.raises(UserError, match=says):
         compressor.distill(recipe(world) | {"export": section}, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# --- what the student learns from ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signal", ["topk", "sampled", "hidden"])
+def test_a_student_learns_from_a_cache_and_no_teacher_is_loaded_for_it(world, tmp_path, signal, monkeypatch):
+    values = recipe(world, distill={"signal": signal, "keep": 100})
+    if signal == "hidden":
+        made = compressor.cache(values, out=tmp_path / "cache")
+        assert made["bytes_per_token"] == made["bytes"] / made["tokens"] > 0
+        again = compressor.cache(values, out=tmp_path / "cache")
+        assert again == made
+        values["distill"]["cache"] = str(tmp_path / "cache")
+    loaded: list[str] = []
+    from compressor import teacher
+    from compressor.pipeline import stages
+
+    load = teacher.load
+    monkeypatch.setattr(teacher, "load", lambda folder, **options: loaded.append(stage[0]) or load(folder, **options))
+    stage = [""]
+    for name, run_stage in stages.STAGES.items():
+
+        def watched(job, name=name, run_stage=run_stage):
+            stage[0] = name
+            return run_stage(job)
+
+        monkeypatch.setitem(stages.STAGES, name, watched)
+    lines: list[str] = []
+    report = compressor.distill(values, out=tmp_path / "run", say=lines.append)
+    assert report["status"] == "done"
+    assert "distill" not in loaded
+    assert ("cache" in loaded) == (signal != "hidden")  # that one was made before
+    assert any("bytes a token" in line for line in lines)
+    if signal == "hidden":
+        online = compressor.distill(recipe(world), out=tmp_path / "online")
+        for ours, theirs in zip(
+            *(read_lines(tmp_path / name / "metrics.jsonl") for name in ("run", "online")), strict=True
+        ):
+            for key in {"loss", "heldout_loss"} & theirs.keys():
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+        assert online["status"] == "done"
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_data_alone_are_learned_without_a_teacher(world, tmp_path, monkeypatch):
+    from compressor import teacher
+
+    values = recipe(world, distill={"method": "sft"})
+    report = compressor.distill(values, out=tmp_path / "run")
+    assert report["status"] == "done"
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert all(line["heldout_loss"] == line["heldout_ce"] for line in lines if "heldout_loss" in line)
+    monkeypatch.setattr(teacher, "load", lambda *args, **options: pytest.fail("the teacher was loaded"))
+    (tmp_path / "run" / "run.json").write_text(without(tmp_path / "run" / "run.json", "distill", "evaluate", "report"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    compressor.distill(values, out=tmp_path / "run")
+
+
+def without(path: Path, *stages: str) -> str:
+    facts = json.loads(path.read_text())
+    facts["stages"] = {name: mark for name, mark in facts["stages"].items() if name not in stages}
+    return json.dumps(facts)
+
+
+def test_a_cache_is_asked_for_what_can_be_kept(world, tmp_path):
+    with pytest.raises(UserError, match=r"signal is online and distill\.method kl; expected kl by topk"):
+        compressor.cache(recipe(world), out=tmp_path / "cache")

@@ -19,6 +19,7 @@ from ..architecture import choose, parse_target
 from ..errors import CheckFailed, UserError
 from ..run import RANK, Run, read_json, write_text
 from ..shape import Shape
+from . import stages
 from .finished import bench, evaluate, export, package
 from .stages import STAGES, Job, Say, distill_student, hush, quiet
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..recipe import Recipe
 
-__all__ = ["bench", "distill", "evaluate", "export", "package", "plan"]
+__all__ = ["bench", "cache", "distill", "evaluate", "export", "package", "plan"]
 
 PATIENCE_SECONDS = 600  # that other processes wait for the first one to open the run folder
 
@@ -49,38 +50,19 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     Under `accelerate launch` or `torchrun` every process calls this: all of them train, the first does the rest and
     has the report, the others return {}.
     """
-    from accelerate import PartialState
-
-    from ..checkpoint import Checkpoint, resolve
-    from ..data import DEFAULT_DATA
-    from ..plan import hub_name, teacher_config
     from ..train import check
 
-    hush()
     if RANK:
         say = quiet
-    recipe = _checked(recipe)
-    _check_exports(recipe)
-    # a target that cannot be met is told from the config alone, before gigabytes are fetched
-    choose(parse_target(recipe.target), Shape.from_config(teacher_config(recipe.teacher)))
-    teacher = Checkpoint(resolve(hub_name(recipe.teacher)))
-    teacher.check()
-    shape = choose(parse_target(recipe.target), teacher.shape)
-    positions = teacher.config.get("max_position_embeddings") or recipe.data.context
-    sizes = {"teacher": teacher.shape, "student": shape, "max_positions": positions}
-    recipe = recipes.resolve(recipe, **sizes, processes=PartialState().num_processes)
-    if recipe.data.source is None:
-        say(f"data: {DEFAULT_DATA} (the default; choose another with --data)")
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": DEFAULT_DATA})})
-    run = Run(out or Path("runs") / _slug(f"{Path(recipe.teacher).name}-{recipe.target}"))
-    job = Job(run, recipe, teacher, shape, say)
+    job = _job(recipe, out, say)
+    recipe, run = job.recipe, job.run
     if RANK:
         return _assist(job)
     with run.locked():
         if run.done("distill") is None:  # what cannot be trained is told before anything is computed
             check(batches=job.batches, heldout=job.heldout, settings=recipe.distill)
             _check_ids(job)
-        _open(run, recipe, teacher)
+        _open(run, recipe, job.teacher)
         fresh = False
         for name, stage in STAGES.items():
             if (name == "export" and not recipe.export.formats) or (name == "cache" and not _caches(recipe)):
@@ -111,6 +93,50 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
 
 def _caches(recipe: Recipe) -> bool:
     return recipe.distill.signal != "online" and recipe.distill.method == "kl"
+
+
+def cache(recipe: Recipe | dict[str, Any], *, out: Path | str, say: Say = quiet) -> dict[str, Any]:
+    """Ask the teacher for all that `distill` with this recipe would learn from it, and keep it in the folder `out`.
+
+    The recipe's distill.signal says what is kept. A build that was ended goes on. Returns {"folder", "tokens", "bytes",
+    "bytes_per_token"}. Raises UserError for a recipe that keeps nothing, and for a folder that holds something else.
+    """
+    values = recipe if isinstance(recipe, dict) else recipe.model_dump()
+    job = _job(recipes.merged(values, {"distill": {"cache": str(out)}}), out, say)
+    if not _caches(job.recipe):
+        asked = job.recipe.distill
+        raise UserError(
+            f"distill.signal is {asked.signal} and distill.method {asked.method}; expected kl by topk, sampled or "
+            "hidden; give --signal"
+        )
+    say(f"cache       {stages.cache(job)}")
+    return job.facts
+
+
+def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> Job:
+    """The recipe, whole, with the teacher's checkpoint. UserError for what cannot be done."""
+    from accelerate import PartialState
+
+    from ..checkpoint import Checkpoint, resolve
+    from ..data import DEFAULT_DATA
+    from ..plan import hub_name, teacher_config
+
+    hush()
+    recipe = _checked(recipe)
+    _check_exports(recipe)
+    # a target that cannot be met is told from the config alone, before gigabytes are fetched
+    choose(parse_target(recipe.target), Shape.from_config(teacher_config(recipe.teacher)))
+    teacher = Checkpoint(resolve(hub_name(recipe.teacher)))
+    teacher.check()
+    shape = choose(parse_target(recipe.target), teacher.shape)
+    positions = teacher.config.get("max_position_embeddings") or recipe.data.context
+    sizes = {"teacher": teacher.shape, "student": shape, "max_positions": positions}
+    recipe = recipes.resolve(recipe, **sizes, processes=PartialState().num_processes)
+    if recipe.data.source is None:
+        say(f"data: {DEFAULT_DATA} (the default; choose another with --data)")
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": DEFAULT_DATA})})
+    run = Run(out or Path("runs") / _slug(f"{Path(recipe.teacher).name}-{recipe.target}"))
+    return Job(run, recipe, teacher, shape, say)
 
 
 def _check_exports(recipe: Recipe) -> None:

@@ -208,6 +208,7 @@ def cache(job: Job) -> str:
         )
     count = sum(shard["targets"] for shard in index["shards"])
     nbytes = sum(shard["bytes"] for shard in index["shards"])
+    job.facts = {"folder": str(job.cache), "tokens": count, "bytes": nbytes, "bytes_per_token": nbytes / count}
     return f"{count:,} tokens in {job.cache}, {nbytes / count:.0f} bytes a token"
 
 
