@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import load_model
 from .data import Batch, targets
-from .losses import fused_linear_divergence
-from .signals import Signal, check_head, head_weight, predicting
+from .errors import UserError
+from .losses import HiddenLoss, balanced, fused_linear_divergence
+from .signals import Online, Signal, check_head, head_weight, observed, predicting
 from .train import LossFunction, LossSum, TrainResult, train
 
 
@@ -32,12 +33,14 @@ def distill(
     folder: Path,
     seed: int = 0,
     vocab: int | None = None,
+    hidden: HiddenLoss | None = None,
     metrics: Path | None = None,
 ) -> TrainResult:
     """Distill the student in `student_folder` by `signal` (see signals); checkpoints go to `folder`.
 
     `batches`, `heldout`, `metrics` and `settings` (a recipe.Distill) are as in `train.train`; `vocab` is
-    the number of real ids (default: the smaller of the two heads), so that padded ids take no part.
+    the number of real ids (default: the smaller of the two heads), so that padded ids take no part; `hidden` adds the
+    loss on hidden states, which wants the teacher itself as signal.
     Continues by itself after a kill. Checkpoints are float32 and carry no tokenizer. Raises UserError for
     input that cannot be distilled; a student that comes out worse is no error here but the status of the
     result, and `best_folder` is then the folder that came in.
@@ -46,7 +49,8 @@ def distill(
     check_head(student)
     result = train(
         student,
-        loss=distillation_loss(signal, settings=settings, vocab=vocab),
+        loss=distillation_loss(signal, settings=settings, vocab=vocab, hidden=hidden),
+        beside=hidden,
         batches=batches,
         heldout=heldout,
         settings=settings,
@@ -57,18 +61,31 @@ def distill(
     return replace(result, best_folder=result.best_folder or student_folder)
 
 
-def distillation_loss(signal: Signal | None, *, settings: Any, vocab: int | None = None) -> LossFunction:
+def distillation_loss(
+    signal: Signal | None, *, settings: Any, vocab: int | None = None, hidden: HiddenLoss | None = None
+) -> LossFunction:
     """The loss function for `train`: divergence to the teacher, mixed with cross-entropy by ce_weight.
 
-    Without a signal it is cross-entropy alone.
+    Without a signal it is cross-entropy alone. `hidden` is added to training, never to what is held out and compared.
+    Raises UserError for hidden states of a teacher that is not there.
     """
+    if hidden is not None and not isinstance(signal, Online):
+        raise UserError("a loss on hidden states wants the teacher itself; expected signal online; choose that")
 
     def loss(student: nn.Module, batch: Batch) -> LossSum:
         counted_BT = targets(batch)
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
+        if hidden is not None and isinstance(signal, Online) and torch.is_grad_enabled():
+            student_ND, ours = observed(student, batch, counted_BT, [pair.student for pair in hidden.pairs])
+            known, theirs = signal.observed(batch, counted_BT, [pair.teacher for pair in hidden.pairs])
+        else:
+            student_ND = predicting(student, batch, counted_BT)
+            known = signal(batch, counted_BT) if signal else None
         parts = fused_linear_divergence(
-            predicting(student, batch, counted_BT),
+            student_ND,
             head_weight(student),
-            signal(batch, counted_BT) if signal else None,
+            known,
             labels_N=batch["labels"][:, 1:][counted_BT],
             divergence=settings.divergence,
             mix=settings.mix,
@@ -78,6 +95,7 @@ def distillation_loss(signal: Signal | None, *, settings: Any, vocab: int | None
             chunk_tokens=settings.chunk_tokens,
         )
         assert parts.ce is not None
-        return LossSum(parts.loss, {"kl": parts.kl, "ce": parts.ce} if signal else {"ce": parts.ce})
+        total = balanced(parts.loss, hidden(ours, theirs)) if hidden is not None and ours else parts.loss
+        return LossSum(total, {"kl": parts.kl, "ce": parts.ce} if signal else {"ce": parts.ce})
 
     return loss

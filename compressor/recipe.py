@@ -72,6 +72,9 @@ class Distill(Section):
     warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    hidden_loss: Literal["auto", "off", "cosine", "mse"] = Field(
+        "auto", description="hold hidden states to the teacher's too; auto: cosine where a third of the layers is cut"
+    )
     divergence: Literal["forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "jsd", "total_variation"] = (
         Field("forward_kl", description="how the student's distribution is held to the teacher's")
     )

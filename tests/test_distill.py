@@ -20,7 +20,8 @@ from compressor import train as training
 from compressor.data import collate, targets
 from compressor.distill import distill, distillation_loss
 from compressor.errors import UserError
-from compressor.signals import Online, check_head
+from compressor.losses import HiddenLoss, Pair, balanced, paper_pairs
+from compressor.signals import Online, check_head, observed, predicting
 from compressor.teacher import load
 
 TEACHER = {"hidden_size": 72, "seed": 5, "vocab_size": 270}  # wider than the student, padded further
@@ -31,7 +32,7 @@ def heldout():
     return [collate(first_rows(4, seed=9)), collate(first_rows(2, seed=8))]
 
 
-def run(folder, *, rows=None, **changes):
+def run(folder, *, rows=None, hidden=None, **changes):
     """Distill the student beside `folder` from the teacher beside it, in this process."""
     return distill(
         folder.parent / "student",
@@ -42,6 +43,7 @@ def run(folder, *, rows=None, **changes):
         folder=folder,
         seed=3,
         vocab=259,
+        hidden=hidden,
     )
 
 
@@ -287,3 +289,98 @@ def test_kills_inside_a_save_leave_the_earlier_checkpoint(models, undisturbed, t
     assert process.exitcode == 0
     assert not any(path.name.startswith(".checkpoint-") for path in folder.iterdir())
     assert_same(outcome(folder), undisturbed)
+
+
+# -- hidden states
+
+
+def test_hidden_states_are_those_behind_the_norms():
+    model, batch = tiny_model(), collate(first_rows(3))
+    counted = targets(batch)
+    final, inside = observed(model, batch, counted, [0, 2, 2, model.config.num_hidden_layers])
+    torch.testing.assert_close(final, predicting(model, batch, counted))
+    torch.testing.assert_close(inside[3], final)  # behind the last block stands the final norm
+    assert torch.equal(inside[1], inside[2])
+    embedded = model.model.layers[0].input_layernorm(model.model.embed_tokens(batch["input_ids"]))
+    torch.testing.assert_close(inside[0], embedded[:, :-1][counted])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("measure", ["cosine", "mse"])
+def test_the_hidden_loss_equals_its_formula_and_starts_as_the_choice_of_channels(measure):
+    generator = torch.Generator().manual_seed(0)
+    channels = (5, 0, 3)
+    loss = HiddenLoss([Pair(0, 0), Pair(1, 2)], channels=channels, teacher_width=7, measure=measure).double()
+    theirs = [torch.randn(11, 7, generator=generator) for _ in range(2)]
+    for state in theirs:  # what the student keeps is all that there is
+        state[:, [1, 2, 4, 6]] = 0
+    ours = [state[:, list(channels)] for state in theirs]
+    assert abs(loss.float()(ours, theirs).item()) < 1e-5
+    ours = [torch.randn(11, 3, generator=generator) for _ in range(2)]
+    theirs = [torch.randn(11, 7, generator=generator) for _ in range(2)]
+    expected = 0.0
+    for our, their in zip(ours, theirs, strict=True):
+        found = torch.zeros(11, 7)
+        for i, channel in enumerate(channels):
+            found[:, channel] = our[:, i]
+        for one, other in zip(found, their, strict=True):
+            if measure == "cosine":
+                expected += float(1 - one @ other / one.norm() / other.norm()) / 2
+            else:
+                expected += float(((one - other) ** 2).mean() / (their**2).mean()) / 2
+    assert loss(ours, theirs).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_papers_pairs():
+    assert paper_pairs(16, 32) == (Pair(0, 0), Pair(14, 30))  # what block 13 and block 29 give out
+    assert paper_pairs(2, 4) == (Pair(0, 0), Pair(1, 3))
+    assert paper_pairs(1, 4) == (Pair(0, 0), Pair(1, 4))
+
+
+def test_both_losses_weigh_the_same():
+    logits, hidden = torch.tensor(3.0, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    total = balanced(logits, hidden)
+    assert total.item() == 6.0
+    total.backward()
+    assert (logits.grad, hidden.grad) == (1.0, 6.0)
+
+
+def hidden_loss():
+    torch.manual_seed(0)
+    return HiddenLoss([Pair(0, 0), Pair(2, 2)], channels=range(48), teacher_width=72)
+
+
+def test_the_projection_is_trained_resumed_and_never_saved_with_the_student(models, tmp_path, monkeypatch):
+    """A run that stops in its fifth step and goes on is the run that never stopped."""
+    ends = {}
+    for name in ("whole", "cut"):
+        shutil.copytree(models, tmp_path / name)
+        folder = tmp_path / name / "checkpoints"
+        if name == "cut":
+            calls: list[bool] = []
+
+            def killed(logits_loss, of_hidden, calls=calls):
+                calls.append(True)
+                if len(calls) == 9:  # two micro-batches a step
+                    raise KeyboardInterrupt
+                return balanced(logits_loss, of_hidden)
+
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr("compressor.distill.balanced", killed)
+                run(folder, hidden=hidden_loss())
+        result = run(folder, hidden=hidden_loss())
+        last = folder / f"checkpoint-{result.steps}"
+        ends[name] = load_file(last / "model.safetensors"), load_file(last / "beside" / "model.safetensors")
+        assert AutoModelForCausalLM.from_pretrained(last, local_files_only=True)
+    for one, other in zip(ends["whole"], ends["cut"], strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    student, projection = ends["whole"]
+    assert not any("projection" in key for key in student)
+    start = hidden_loss().projection.weight
+    assert 1e-4 < (projection["projection.weight"] - start).abs().max() < 0.5
+
+
+def test_hidden_states_want_the_teacher_itself():
+    with pytest.raises(UserError, match="wants the teacher itself; expected signal online"):
+        distillation_loss(None, settings=settings(), hidden=hidden_loss())

@@ -1,9 +1,23 @@
 """Losses: divergences between teacher and student, fused with their lm_heads.
 
-`divergences` is the table, `fused` the chunked computation and what it may know of the teacher.
+`divergences` is the table, `fused` the chunked computation and what it may know of the teacher, `hidden` Minitron's
+loss on states inside the models.
 """
 
 from .divergences import DIVERGENCES
 from .fused import Dense, LossParts, Sampled, Teacher, TopK, fused_linear_divergence
+from .hidden import HiddenLoss, Pair, balanced, paper_pairs
 
-__all__ = ["DIVERGENCES", "Dense", "LossParts", "Sampled", "Teacher", "TopK", "fused_linear_divergence"]
+__all__ = [
+    "DIVERGENCES",
+    "Dense",
+    "HiddenLoss",
+    "LossParts",
+    "Pair",
+    "Sampled",
+    "Teacher",
+    "TopK",
+    "balanced",
+    "fused_linear_divergence",
+    "paper_pairs",
+]

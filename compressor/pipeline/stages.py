@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..scores import Scores
 
 Say = Callable[[str], None]
+DEEP_CUT = 1 / 3  # of the layers, from which on hidden states are matched: Minitron saw a gain at a half
 
 
 def quiet(message: str) -> None:
@@ -230,6 +231,24 @@ def _signal(job: Job) -> Any:
     return Cached(job.cache, job.cached_of)
 
 
+def _hidden(job: Job) -> Any:
+    """The loss on hidden states, where the recipe or a large cut in depth asks for it."""
+    from ..losses import HiddenLoss, paper_pairs
+    from ..scores import Scores
+    from ..surgery import select
+
+    settings, teacher, student = job.recipe.distill, job.teacher.shape, job.shape
+    measure = settings.hidden_loss
+    if measure == "auto":
+        deep = student.num_layers <= teacher.num_layers * (1 - DEEP_CUT)
+        measure = "cosine" if deep and settings.method == "kl" and settings.signal == "online" else "off"
+    if measure == "off":
+        return None
+    pairs = paper_pairs(student.num_layers, teacher.num_layers)
+    kept = select(Scores.load(job.run.scores), teacher, student)
+    return HiddenLoss(pairs, channels=kept.hidden, teacher_width=teacher.hidden, measure=measure)
+
+
 def distill_student(job: Job) -> str:
     """Train the pruned model to predict what the teacher predicts; the best checkpoint becomes the student."""
     from ..checkpoint import load_tokenizer
@@ -247,6 +266,7 @@ def distill_student(job: Job) -> str:
         folder=job.run.checkpoints,
         seed=job.recipe.seed,
         vocab=job.vocab,
+        hidden=_hidden(job),
         metrics=job.run.metrics,
     )
     if RANK == 0:

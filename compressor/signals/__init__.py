@@ -6,7 +6,7 @@ what `cache` has written: the top k with their tail, ids drawn from the teacher,
 
 from .cache import Kind, build, fingerprint
 from .cached import Cached
-from .online import Online, Signal, check_head, head_weight, predicting
+from .online import Online, Signal, check_head, head_weight, observed, predicting
 
 __all__ = [
     "Cached",
@@ -17,5 +17,6 @@ __all__ = [
     "check_head",
     "fingerprint",
     "head_weight",
+    "observed",
     "predicting",
 ]

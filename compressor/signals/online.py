@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +28,40 @@ class Online:
         """Final hidden states (N, width) of the positions that predict the counted targets, and the head."""
         return Dense(predicting(self.teacher, batch, counted_BT), head_weight(self.teacher))
 
+    @torch.no_grad()
+    def observed(self, batch: Batch, counted_BT: Tensor, states: Sequence[int]) -> tuple[Dense, list[Tensor]]:
+        """The same, and states inside the teacher, see `observed`."""
+        final_NE, inside = observed(self.teacher, batch, counted_BT, states)
+        return Dense(final_NE, head_weight(self.teacher)), inside
+
 
 def predicting(model: nn.Module, batch: Batch, counted_BT: Tensor) -> Tensor:
     """Hidden states of the positions that predict a counted target, (N, width)."""
     return hidden_states(model, batch)[:, :-1][counted_BT]
+
+
+def observed(model: nn.Module, batch: Batch, counted_BT: Tensor, states: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """As `predicting`, and what enters each block of `states` after its norm, (N, width); the last block's successor is
+    the final norm, whose states these are.
+    """
+    causal_lm: Any = model
+    decoder = causal_lm.get_decoder()
+    norms = [layer.input_layernorm for layer in decoder.layers] + [decoder.norm]
+    found: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            found[number] = output[:, :-1][counted_BT]
+
+        return hook
+
+    hooks = [norms[number].register_forward_hook(keep(number)) for number in sorted(set(states))]
+    try:
+        final_ND = predicting(model, batch, counted_BT)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return final_ND, [found[number] for number in states]
 
 
 def head_weight(model: nn.Module) -> Tensor:

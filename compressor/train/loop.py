@@ -61,6 +61,7 @@ def train(
     folder: Path,
     metrics: Path | None = None,
     seed: int = 0,
+    beside: nn.Module | None = None,
 ) -> TrainResult:
     """Train `model` (its weights are made float32) and return how it went; run again after a kill, it continues.
 
@@ -70,8 +71,8 @@ def train(
     lines of step, tokens, seconds, loss, lr, grad_norm, tokens_per_second or heldout_loss, heldout_kl,
     heldout_ce to `metrics` (default folder/metrics.jsonl). The held-out loss is taken before the first
     step, every `eval_every` steps and at the end; the best checkpoint and the last are kept. On CPU a
-    resumed run ends in the same bits. Raises UserError for settings that do not fit together, empty data
-    and a full disk.
+    resumed run ends in the same bits. `beside` holds parameters that the loss trains with the student's and that no
+    student is saved with. Raises UserError for settings that do not fit together, empty data and a full disk.
     """
     steps = check(batches=batches, heldout=heldout, settings=settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,7 @@ def train(
         trainer = Trainer(
             student,
             loss=loss,
+            beside=beside,
             arguments=arguments,
             batches=batches,
             heldout=heldout,

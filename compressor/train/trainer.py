@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -29,6 +29,8 @@ from ..data import Batch, collate, real_tokens, targets
 from ..errors import UserError
 from ..run import staged, write_text
 from .metrics import json_lines, metric_lines
+
+BESIDE = "beside"  # folder in a checkpoint, out of the way of whoever loads the student
 
 
 class LossSum(NamedTuple):
@@ -48,9 +50,10 @@ class NotFiniteError(RuntimeError):
 class Objective(nn.Module):
     """The student and its loss as one module: whatever wraps the module wraps all of the computation."""
 
-    def __init__(self, student: nn.Module, loss: LossFunction) -> None:
+    def __init__(self, student: nn.Module, loss: LossFunction, beside: nn.Module | None = None) -> None:
         super().__init__()
         self.student = student
+        self.beside = beside  # what the loss trains with the student and the student is not saved with
         self.loss = loss  # a plain function: a teacher it holds stays outside of parameters and checkpoints
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -77,6 +80,7 @@ class Trainer(transformers.Trainer):
         student: nn.Module,
         *,
         loss: LossFunction,
+        beside: nn.Module | None,
         arguments: TrainingArguments,
         batches: torch.utils.data.IterableDataset,
         heldout: Sequence[Batch],
@@ -84,7 +88,7 @@ class Trainer(transformers.Trainer):
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         self.objective, self.student, self.heldout, self.metrics = (
-            Objective(student, loss),
+            Objective(student, loss, beside),
             student,
             heldout,
             metrics,
@@ -235,10 +239,15 @@ class Trainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The student alone, as stock transformers would save it."""
         if self.args.should_save:
-            if state_dict is not None:  # gathered from shards, under the names of the wrapper
-                state_dict = {name.removeprefix("student."): value for name, value in state_dict.items()}
+            found = {} if state_dict is None else state_dict  # gathered from shards, under the names of the wrapper
+            mine = {name.removeprefix("student."): found[name] for name in found if name.startswith("student.")}
             student: Any = self.student
-            student.save_pretrained(output_dir, state_dict=state_dict)
+            student.save_pretrained(output_dir, state_dict=mine or None)
+            if self.objective.beside is not None:
+                beside = {name.removeprefix("beside."): found[name] for name in found if name.startswith("beside.")}
+                folder = Path(str(output_dir)) / BESIDE
+                folder.mkdir()
+                save_file(beside or self.objective.beside.state_dict(), folder / "model.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         missing = set(self.student.state_dict())
@@ -248,6 +257,9 @@ class Trainer(transformers.Trainer):
             assert not result.unexpected_keys, f"{file} holds {result.unexpected_keys}"
         # Tied weights are stored once and loaded into the tensor they share.
         assert missing <= {"lm_head.weight"}, f"{resume_from_checkpoint} lacks {sorted(missing)}"
+        if self.objective.beside is not None:
+            folder = Path(resume_from_checkpoint) / BESIDE
+            self.objective.beside.load_state_dict(load_file(folder / "model.safetensors"))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
