@@ -28,7 +28,7 @@ GROUND = {
     "runtime",
     "units",
 }
-TOOLS = {"losses", "train", "scores"}
+TOOLS = {"losses", "train", "scores", "onpolicy"}
 STAGES = {"teacher", "importance", "architecture", "surgery", "distill"}
 JUDGING = {"evaluate", "report", "package", "demo", "plan"}
 DOORS = {"cli", "pipeline"}

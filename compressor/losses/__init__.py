@@ -1,9 +1,20 @@
 """Losses: divergences between teacher and student, fused with their lm_heads.
 
-`divergences` is the table, `fused` the chunked computation and what it may know of the teacher.
+`divergences` is the table, `fused` the chunked computation and what it may know of the teacher, `log_probs` the
+chunked log-probabilities of given tokens.
 """
 
 from .divergences import DIVERGENCES
 from .fused import Dense, LossParts, Sampled, Teacher, TopK, fused_linear_divergence
+from .log_probs import token_log_probs
 
-__all__ = ["DIVERGENCES", "Dense", "LossParts", "Sampled", "Teacher", "TopK", "fused_linear_divergence"]
+__all__ = [
+    "DIVERGENCES",
+    "Dense",
+    "LossParts",
+    "Sampled",
+    "Teacher",
+    "TopK",
+    "fused_linear_divergence",
+    "token_log_probs",
+]
