@@ -123,13 +123,13 @@ def test_one_tokens_weight_is_a_bias_that_vanishes_with_mixing_and_no_weight_is_
     paper = Tricks(length_norm=False, clip=None)
     found = [bias(world, replace(paper, alpha=alpha)) for alpha in (0.02, 0.2, 0.5)]
     assert found == sorted(found)
-    assert found[0] < 0.01
-    assert 0.01 < found[1] < 0.15
+    assert found[0] < 0.06
+    assert 0.3 < found[1] < 0.5  # two unrelated models; linear in alpha at first
     assert bias(world, replace(paper, importance="off")) > found[1]
 
 
 def test_a_tokens_weight_on_the_single_step_term_changes_no_expectation(world):
-    """w_t has mean 1 after any prefix, and KL(q_t || p_t) depends on the prefix alone: eq. 7's weight there is noise."""
+    """w_t has mean 1 after any prefix and KL(q_t || p_t) depends on the prefix alone: w_t is mere noise there."""
 
     def gradient_of_single_step(importance):
         tricks = Tricks(length_norm=False, clip=None, importance=importance)
@@ -146,9 +146,10 @@ def test_each_trick_shows_in_the_variance(world):
     unbiased = replace(PLAIN, single_step=True)
     assert world.moments(unbiased)[1] < 0.8 * world.moments(PLAIN)[1]
     assert world.moments(replace(unbiased, length_norm=True))[1] < world.moments(unbiased)[1]
-    mixed = Tricks(length_norm=False, clip=None)
-    assert world.moments(mixed)[1] < world.moments(replace(mixed, importance="sequence"))[1]
-    assert world.moments(replace(mixed, clip=0.2))[1] != world.moments(mixed)[1]
+    exact_weights = [replace(unbiased, alpha=alpha, importance="sequence") for alpha in (0.0, 0.2, 0.5)]
+    variances = [world.moments(tricks)[1] for tricks in exact_weights]
+    assert variances == sorted(variances)  # the price of answers that are not the student's own
+    assert bias(world, replace(exact_weights[1], clip=0.2)) > 1e-3  # and clipping them is a bias
 
 
 def test_length_norm_is_another_objective(world):
@@ -157,8 +158,7 @@ def test_length_norm_is_another_objective(world):
 
 
 def test_the_reference_code_counts_the_current_token_twice(world):
-    """Its advantage holds r_t although the single-step term has it: with everything else off, the gradient doubles
-    what r_t contributes, and differs from the exact one."""
+    """Its advantage holds r_t although the single-step term has it: biased even with every switch off."""
     assert bias(world, Tricks(alpha=0.0, length_norm=False, clip=None, variant="reference")) > 0.2
 
 
@@ -328,7 +328,7 @@ def test_log_probabilities_through_caches_and_padding_are_those_of_each_row_alon
     for values, expected in ((found.log_q_BT, log_q), (found.log_p_BT, log_p), (found.log_mix_BT, mixed)):
         torch.testing.assert_close(values[mask], taken(expected, found), rtol=1e-4, atol=1e-4)
         assert not values[~mask].any()
-    torch.testing.assert_close(found.rewards_BT, found.log_p_BT - found.log_q_BT)
+    torch.testing.assert_close(found.rewards, found.log_p_BT - found.log_q_BT)
     assert found.ids_BT.max() < 255
 
 
@@ -342,7 +342,7 @@ def test_a_student_alone_is_never_mixed_and_the_teacher_never_read():
     assert torch.equal(found.log_mix_BT, found.log_q_BT)
     assert found.log_p_BT is None
     with pytest.raises(UserError, match="call score first"):
-        _ = found.rewards_BT
+        _ = found.rewards
 
 
 def test_scoring_afterwards_is_what_sampling_would_have_noted():
@@ -479,7 +479,7 @@ def gradient_of(student, teacher, found, tricks):
         ids_BT=found.ids_BT,
         mask_BT=found.mask_BT,
         log_mix_BT=found.log_mix_BT,
-        advantages_BT=advantages(found.rewards_BT, found.mask_BT, tricks),
+        advantages_BT=advantages(found.rewards, found.mask_BT, tricks),
         tricks=tricks,
     )
     return flat(torch.autograd.grad(parts.loss / len(found.ids_BT), list(student.parameters())))
@@ -584,19 +584,17 @@ def test_the_objective_makes_no_tensor_of_tokens_times_vocabulary():
             return out
 
     student = [torch.randn(tokens, 4, requires_grad=True), torch.randn(vocab, 4, requires_grad=True)]
-    given = {
-        "ids_BT": torch.randint(vocab, (4, 16)),
-        "mask_BT": torch.ones(4, 16),
-        "log_mix_BT": torch.full((4, 16), -7.0),
-    }
+    ids, mask = torch.randint(vocab, (4, 16)), torch.ones(4, 16)
     with Largest():
         parts = minillm_loss(
             *student,
             Dense(torch.randn(tokens, 5), torch.randn(vocab, 5)),
+            ids_BT=ids,
+            mask_BT=mask,
+            log_mix_BT=-7 * mask,
             advantages_BT=torch.randn(4, 16),
             tricks=Tricks(),
             chunk_tokens=chunk,
-            **given,
         )
         parts.loss.backward()
     assert max(largest) == chunk * vocab

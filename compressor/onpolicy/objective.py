@@ -1,12 +1,12 @@
 """The MiniLLM objective (arXiv 2306.08543) over sampled answers: pure functions of tensors.
 
-For an answer y of T tokens, p the teacher, q_old the student that answered, q the student now, p~ what was sampled from:
+For an answer y of T tokens; p the teacher, q_old the student that answered, q the student now, p~ what was drawn from:
     r_t = log p(y_t) - log q_old(y_t)
     A_t = sum over t' > t of r_t' / max(1, T - t)        the reward still to come, per token (equation 6)
     L   = sum over t of w_t KL(q_t || p_t) - min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)         (equation 7)
-w_t = q / p~ as a constant, and rho_t the same with its gradient. The first term is the divergence of the next token over
-the whole vocabulary, free of sampling noise (equation 3). The paper prints T - t - 1 in equation 6, which is 0 for the
-last token that has a successor; the sum has T - t terms.
+w_t = q / p~ as a constant, and rho_t the same with its gradient. The first term is the next token's divergence over the
+whole vocabulary, free of sampling noise (equation 3). Equation 6 is printed with T - t - 1, which is 0 for the last
+token but one; its sum has T - t terms.
 Shape suffixes: B rows, T positions, N valid tokens (the order of mask_BT), D student width, V rows of its head.
 """
 
@@ -45,14 +45,15 @@ VARIANTS = {
 class Tricks:
     """What MiniLLM adds to the policy gradient; each can be switched off. Raises UserError for unknown values.
 
-    single_step: the next token's divergence exactly, instead of r_t in the advantage. length_norm: advantages per
-    token still to come; another expectation, in which long answers weigh less. alpha: the teacher's share in sampling
-    (0: off). importance: how samples from p~ stand for samples from q. "sequence" is exact, the product of q / p~ over
-    the whole answer, and its variance grows with length; "token" is the paper's choice, q / p~ of this token alone:
-    right for what the token itself does, while the prefix before it and the rewards after it stay distributed as p~,
-    a bias that vanishes with alpha; "off" takes the samples as the student's own. (The product up to t in equation 5 is
-    no exact one either: it leaves the later rewards of A_t unweighted.) clip: PPO's eps, None: off; with alpha > 0 it
-    cuts from the first step, as rho reaches 1 / (1 - alpha).
+    single_step: the next token's divergence exactly, instead of r_t in the advantage; same expectation, less variance.
+    length_norm: advantages per token still to come; another expectation, in which long answers weigh less.
+    alpha: the teacher's share in sampling (0: off).
+    importance: how answers drawn from p~ stand for the student's own. "sequence" is exact: the product of q / p~ over
+    the whole answer, whose variance grows with length. "token", the paper's choice, is q / p~ of this token alone: the
+    prefix before it and the rewards after it stay distributed as p~, a bias linear in alpha. "off" takes the answers as
+    the student's own. (Equation 5's product up to t is not exact either: A_t's later rewards stay unweighted.)
+    clip: PPO's eps, None: off. With alpha > 0 it cuts from the first step, as rho lies between 0 and 1 / (1 - alpha).
+    variant: a row of VARIANTS.
     """
 
     single_step: bool = True

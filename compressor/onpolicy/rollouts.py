@@ -40,10 +40,12 @@ class Rollouts:
     log_p_BT: Tensor | None = None
 
     @property
-    def rewards_BT(self) -> Tensor:
-        """r_t = log p - log q_old of every token, below equation 2 of the paper. UserError before the teacher spoke."""
+    def rewards(self) -> Tensor:
+        """r_t = log p - log q_old, (B, T) in nats (paper, section 2.1). Raises UserError while log p is unknown."""
         if self.log_p_BT is None:
-            raise UserError("rewards need the teacher's log-probabilities; expected log_p_BT; call score first")
+            raise UserError(
+                "rewards need the teacher's log-probabilities; expected a teacher's answer; call score first"
+            )
         return self.log_p_BT - self.log_q_BT
 
     def batch(self) -> Batch:
