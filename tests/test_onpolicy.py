@@ -402,11 +402,16 @@ def test_an_answer_ends_with_its_end_of_sequence_token_and_counts_it():
     assert rollouts(eos_ids=()).mask_BT.all()
 
 
-def test_sampling_leaves_the_training_mode_as_it_was_and_no_gradient():
-    student = tiny_model()
+def test_sampling_reads_in_eval_mode_with_positions_that_count_real_tokens_and_leaves_no_trace():
+    student, seen = tiny_model(), []
     student.train()
-    ids, mask = prompts()
+    student.register_forward_pre_hook(
+        lambda module, _, given: seen.append((module.training, given["position_ids"].clone())), with_kwargs=True
+    )
+    ids, mask = prompts((6, 2))
     found = sample(student, ids, mask, max_new_tokens=3, eos_ids=(), generator=torch.Generator().manual_seed(0))
+    assert not any(training for training, _ in seen)
+    assert torch.cat([positions for _, positions in seen], 1).tolist() == [[*range(8)], [0, 0, 0, 0, 0, 1, 2, 3]]
     assert student.training
     assert not found.log_q_BT.requires_grad
 
