@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -365,9 +366,10 @@ def test_the_projection_is_trained_resumed_and_never_saved_with_the_student(mode
                     raise KeyboardInterrupt
                 return balanced(logits_loss, of_hidden)
 
-            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-                patched.setattr("compressor.distill.balanced", killed)
-                run(folder, hidden=hidden_loss())
+            with monkeypatch.context() as patched:
+                patched.setattr(sys.modules["compressor.distill"], "balanced", killed)
+                with pytest.raises(KeyboardInterrupt):
+                    run(folder, hidden=hidden_loss())
         result = run(folder, hidden=hidden_loss())
         last = folder / f"checkpoint-{result.steps}"
         ends[name] = load_file(last / "model.safetensors"), load_file(last / "beside" / "model.safetensors")
