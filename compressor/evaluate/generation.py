@@ -251,16 +251,17 @@ def heldout_prompts(
     for record in islice(records, DRAWS * count):
         # half the room: what is cut out of a text may take a few tokens more than it had
         prompt, reference = _asked(record, tokenizer, most=min(max_new_tokens, room // 2))
+        if not reference.strip():
+            continue
         try:
             length = len(_ids(prompt, tokenizer))
         except UserError:
             if not tokenizer.chat_template:
                 raise
             continue  # the template refuses it, as it does in training
-        if not reference.strip() or not 0 < length <= room:
-            continue
-        prompts.append(prompt)
-        references.append(reference)
+        if 0 < length <= room:
+            prompts.append(prompt)
+            references.append(reference)
         if len(prompts) == count:
             break
     if not prompts:
@@ -277,7 +278,7 @@ def _asked(record: dict[str, Any], tokenizer: Any, *, most: int) -> tuple[Prompt
         found = tokenizer(record["text"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = [end for _, end in found["offset_mapping"]]
         half = max(0, min(len(ends) // 2, most))
-        cut, end = (ends[half - 1], ends[2 * half - 1]) if half else (0, 0)
+        cut, end = (ends[half - 1], ends[min(half + most, len(ends)) - 1]) if half else (0, 0)
         return record["text"][:cut], record["text"][cut:end]
     tools = {"tools": record["tools"]} if "tools" in record else {}
     if "prompt" in record:
