@@ -173,10 +173,21 @@ def evaluate(
         typer.Option(help="instruction, rag, tools, roleplay, or a FILE.jsonl of tasks; repeatable."),
     ] = None,
     data: Data = None,
-    prompts: Annotated[int | None, typer.Option(help="Tasks per skill. [default: a run's own, or 100]", min=1)] = None,
+    prompts: Annotated[
+        int | None,
+        typer.Option(help="Tasks per skill, and prompts of --generation. [default: a run's own, or 100]", min=1),
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Held-out tokens. [default: a run's own, or 100000]", min=1)
     ] = None,
+    generation: Annotated[
+        bool,
+        typer.Option(
+            "--generation",
+            help="Judge sampled answers too: Rouge-L, repetition, length, calibration and, with a teacher, exposure "
+            "bias; needs data.",
+        ),
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Draws the tasks of a suite. [default: a run's own, or 0]")] = None,
     as_json: Json = False,
 ) -> None:
@@ -184,7 +195,15 @@ def evaluate(
     from . import pipeline
 
     result = pipeline.evaluate(
-        what, against=against, suites=suite, data=data, prompts=prompts, tokens=tokens, seed=seed, say=_say
+        what,
+        against=against,
+        suites=suite,
+        data=data,
+        prompts=prompts,
+        tokens=tokens,
+        seed=seed,
+        generation=generation,
+        say=_say,
     )
     if as_json:
         _print_json(result)

@@ -57,7 +57,7 @@ def measure(
                 their_nats -= log_p_NV.gather(1, targets_N.unsqueeze(1)).double().sum().item()
                 shared = min(log_p_NV.shape[1], log_q_NV.shape[1])
                 log_p_NV, log_q_NV = log_p_NV[:, :shared], log_q_NV[:, :shared]
-                divergences.append((log_p_NV.exp() * (log_p_NV - log_q_NV)).double().sum(-1).cpu())
+                divergences.append(kl(log_p_NV, log_q_NV))
                 agreed += int((log_p_NV.argmax(-1) == log_q_NV.argmax(-1)).sum())
         if progress is not None:
             progress("held-out text", done, total)
@@ -69,6 +69,11 @@ def measure(
         "heldout_tokens": tokens,
         "agreement": _agreement(torch.cat(divergences), agreed / tokens, nats - their_nats) if divergences else None,
     }
+
+
+def kl(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of each row in nats, (N,) in float64 on the CPU, from log-probabilities over the same ids."""
+    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).double().sum(-1).cpu()
 
 
 def _agreement(kl_N: torch.Tensor, top1: float, excess_nats: float) -> dict[str, float | None]:

@@ -27,16 +27,19 @@ def evaluate(
     prompts: int | None = None,
     tokens: int | None = None,
     seed: int | None = None,
+    generation: bool = False,
     say: Say = quiet,
 ) -> dict[str, Any]:
     """Judge one model and return {"what", "against", "result"}; a run folder means its student.
 
     An exported artifact is judged by its own runtime. A run folder brings its own teacher, data, settings and seed
-    (else 0). `suites` name skills or JSONL files; default: all four.
+    (else 0). `suites` name skills or JSONL files; default: all four. With `generation`, the result has what the model
+    writes by itself on held-out prompts under that key, see `compressor.evaluate.generation`.
     Raises UserError for what cannot be found, loaded or asked.
     """
     from .. import runtime as runtimes
     from ..evaluate import evaluate as judge
+    from ..evaluate.generation import generation as judge_writing
 
     hush()
     subject = Subject.of(what, against=against, data=data, seed=seed)
@@ -47,16 +50,27 @@ def evaluate(
     chosen = subject.suites(suites, runtime.tokenizer, prompts=prompts)
     if not chosen and not heldout:
         raise UserError(f"{what} has no chat template and no --data was given; nothing to judge; give --data")
+    asked = subject.prompts(runtime, count=prompts) if generation else None
+    teacher = subject.teacher()
     with progress("evaluate", unit="tasks") as advance:
         result = judge(
             runtime,
-            against=subject.teacher(),
+            against=teacher,
             heldout=heldout,
             suites=chosen,
             max_new_tokens=subject.settings.max_new_tokens,
             seed=subject.seed,
             progress=advance.of,
         )
+        if asked is not None:
+            result["generation"] = judge_writing(
+                runtime,
+                asked[0],
+                references=asked[1],
+                against=teacher,
+                max_new_tokens=subject.settings.max_new_tokens,
+                progress=advance.of,
+            )
     return {"what": subject.model, "against": subject.against, "result": result}
 
 

@@ -76,6 +76,21 @@ class Subject:
         sizes = {"context": min(self.context, runtime.context), "tokens": tokens or self.settings.tokens}
         return text_batches(self.data, runtime.tokenizer, **sizes, **self.section)
 
+    def prompts(self, runtime: Runtime, *, count: int | None) -> tuple[list[Any], list[str]]:
+        """Held-out prompts and their references; UserError without data."""
+        from ..data import records
+        from ..evaluate.generation import heldout_prompts
+
+        if not self.data:
+            raise UserError("--generation has no prompts; expected held-out data; give --data")
+        return heldout_prompts(
+            records(self.data, part="heldout", **self.section),
+            runtime.tokenizer,
+            count=count or self.settings.prompts,
+            context=min(self.context, runtime.context),
+            max_new_tokens=self.settings.max_new_tokens,
+        )
+
     def calibration(self, student: Path) -> Callable[[], Any] | None:
         """What gives rows of training text to round on, or None without data."""
         from transformers import AutoConfig

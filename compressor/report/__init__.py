@@ -312,6 +312,46 @@ def render_evaluation(evaluation: dict[str, Any]) -> None:
         if row[1] != "-":
             table.add_row(*map(Text, row))
     stdout().print(table)
+    found = evaluation["result"].get("generation")
+    if found is None:
+        return
+    title = f"{found['prompts']} prompts, {len(found['seeds'])} seeds, temperature {found['temperature']:g}"
+    table = Table("", *GENERATION_COLUMNS, title=title, title_justify="left")
+    for row in generation_rows(found):
+        table.add_row(*row)
+    stdout().print(table)
+    if found["collapsed"]:
+        stdout().print(Text(f"collapsed: {found['collapsed']}"))
+
+
+CALIBRATION = (
+    ("ece", "expected calibration error"),
+    ("confidence", "confidence in the next token"),
+    ("accuracy", "accuracy of the next token"),
+)
+GENERATION_COLUMNS = ("model", "teacher", "references")
+
+
+def generation_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Measure, then GENERATION_COLUMNS, of what `evaluate.generation` found; a dash for what was not measured."""
+
+    def rouge(one: dict[str, Any]) -> str:
+        score = one["rouge_l"]
+        return percent(score["mean"]) + (f" ± {100 * score['std']:.1f}" if score["std"] is not None else "")
+
+    sides = [found, found["teacher"], found["references"]]
+    rows = [["Rouge-L", *(rouge(side) if side and "rouge_l" in side else "-" for side in sides)]]
+    for key, words, show in (
+        ("distinct_4", "distinct 4-grams", percent),
+        ("length", "length (tokens)", number),
+        ("length_drift", "length / references'", number),
+        ("repetition", "repeated 4-grams of an answer", percent),
+    ):
+        rows.append([words, *(show((side or {}).get(key)) for side in sides)])
+    rows += [[words, percent(found[key]), "-", "-"] for key, words in CALIBRATION]
+    for at in found["exposure_bias"] or []:
+        rows.append([f"excess accumulated error, {at['length']} tokens", f"{at['ex_acc_err']:+.1f} %", "-", "-"])
+    return rows
 
 
 def kept_lines(kept: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """What every runtime offers, and what all of them share: prompts, stops, text from tokens."""
 
 import logging
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -67,9 +68,15 @@ class Runtime(Protocol):
         """Greedy answers, in the order of the conversations."""
         ...
 
+    def answers(
+        self, prompts: Sequence[list[int]], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+    ) -> list[list[int]]:
+        """The token ids that continue each prompt, which is token ids too; temperature 0 is greedy."""
+        ...
+
 
 class Speaker(ABC):
-    """`stream` and `complete` of a runtime that has `tokens`, a tokenizer and a context."""
+    """`stream`, `complete` and `answers` of a runtime that has `tokens`, a tokenizer and a context."""
 
     tokenizer: Any
     context: int
@@ -110,23 +117,36 @@ class Speaker(ABC):
         A conversation that does not fit the model's context gets an empty answer and a warning.
         """
         prompts = [prompt_ids(conversation, self.tokenizer) for conversation in conversations]
-        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < self.context]
-        if len(fitting) < len(prompts):
-            log.warning("%d conversations exceed the context of %d tokens", len(prompts) - len(fitting), self.context)
-        answers: list[list[int]] = [[] for _ in prompts]
-        for i, answer in self._answers(prompts, fitting, max_new_tokens):
-            answers[i] = answer
+        answers = self.answers(prompts, max_new_tokens=max_new_tokens)
         stops = TRANSCRIPT_STOPS if not self.tokenizer.chat_template else ()
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return ["".join(_cut(iter([text]), stops)).strip() for text in texts]
 
+    def answers(
+        self, prompts: Sequence[list[int]], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+    ) -> list[list[int]]:
+        """The token ids that continue each prompt, which is token ids too; the stop token is left out.
+
+        temperature 0 is greedy; else `seed` fixes the draws, which are independent from prompt to prompt.
+        A prompt that does not fit the model's context gets an empty answer and a warning.
+        """
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < self.context]
+        if len(fitting) < len(prompts):
+            log.warning("%d conversations exceed the context of %d tokens", len(prompts) - len(fitting), self.context)
+        answers: list[list[int]] = [[] for _ in prompts]
+        for i, answer in self._answers(prompts, fitting, max_new_tokens, temperature, seed):
+            answers[i] = answer
+        return answers
+
     def _answers(
-        self, prompts: list[list[int]], fitting: list[int], max_new_tokens: int
+        self, prompts: Sequence[list[int]], fitting: list[int], max_new_tokens: int, temperature: float, seed: int
     ) -> Iterator[tuple[int, list[int]]]:
-        """(number of the prompt, its answer) for every prompt that fits; one after another."""
+        """(number of the prompt, its answer) for every prompt that fits; one after another, each with its own seed."""
+        seeds = random.Random(seed)
         for i in fitting:
             room = min(max_new_tokens, self.context - len(prompts[i]))
-            yield i, list(self.tokens(prompts[i], max_new_tokens=room))
+            drawn = seeds.getrandbits(31)  # as large as every runtime takes
+            yield i, list(self.tokens(prompts[i], max_new_tokens=room, temperature=temperature, seed=drawn))
 
 
 def prompt_ids(conversation: dict, tokenizer: Any) -> list[int]:

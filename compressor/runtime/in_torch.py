@@ -3,7 +3,7 @@
 Shape suffixes: B rows, T positions, N positions picked out of a row, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +98,21 @@ class TorchRuntime(Speaker):
     ) -> Iterator[int]:
         """Continue token ids one by one until a stop token, which is not yielded; `ignore_eos` goes past it."""
         stops = set() if ignore_eos else self.stops
-        for ((_, token),) in self._decode([ids], max_new_tokens, stops, temperature=temperature, seed=seed):
+        generator = torch.Generator(self.model.device).manual_seed(seed)
+        for ((_, token),) in self._decode([ids], max_new_tokens, stops, temperature, generator):
             yield token
 
     def _answers(
-        self, prompts: list[list[int]], fitting: list[int], max_new_tokens: int
+        self, prompts: Sequence[list[int]], fitting: list[int], max_new_tokens: int, temperature: float, seed: int
     ) -> Iterator[tuple[int, list[int]]]:
-        """Batched by length, padded on the left."""
+        """Batched by length, padded on the left. One generator draws for all batches, so their size counts too."""
+        generator = torch.Generator(self.model.device).manual_seed(seed)
         fitting = sorted(fitting, key=lambda i: len(prompts[i]))
         for start in range(0, len(fitting), self.batch_size):
             rows = fitting[start : start + self.batch_size]
             room = min(max_new_tokens, self.context - max(len(prompts[i]) for i in rows))
             answers: list[list[int]] = [[] for _ in rows]
-            for step in self._decode([prompts[i] for i in rows], room, self.stops):
+            for step in self._decode([prompts[i] for i in rows], room, self.stops, temperature, generator):
                 for row, token in step:
                     answers[row].append(token)
             yield from zip(rows, answers, strict=True)
@@ -121,9 +123,8 @@ class TorchRuntime(Speaker):
         prompts: list[list[int]],
         max_new_tokens: int,
         stop_ids: set[int],
-        *,
-        temperature: float = 0.0,
-        seed: int = 0,
+        temperature: float,
+        generator: torch.Generator,
     ) -> Iterator[list[tuple[int, int]]]:
         """Yield, per step, (row, token) for every row still going; stop tokens end a row and are not
         yielded.
@@ -131,7 +132,6 @@ class TorchRuntime(Speaker):
         from transformers import DynamicCache
 
         device = self.model.device
-        generator = torch.Generator(device).manual_seed(seed)
         stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
         width = max(len(prompt) for prompt in prompts)
         ids_BT = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
