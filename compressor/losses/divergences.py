@@ -19,7 +19,7 @@ def forward_kl(log_q_CV: Tensor, log_p_CV: Tensor, scratch_CV: Tensor, mix: floa
     """KL(p || q) = sum p (log p - log q); dL/dz = q - p. Hinton et al., arXiv 1503.02531; Minitron's loss."""
     torch.sub(log_p_CV, log_q_CV, out=scratch_CV)
     p_CV = log_p_CV.exp_()
-    rows_C = _dot(p_CV, scratch_CV)
+    rows_C = scratch_CV.mul_(p_CV).sum(-1)
     log_q_CV.exp_().sub_(p_CV)
     return rows_C
 
