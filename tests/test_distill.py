@@ -355,7 +355,8 @@ def test_the_projection_is_trained_resumed_and_never_saved_with_the_student(mode
     """A run that stops in its fifth step and goes on is the run that never stopped."""
     ends = {}
     for name in ("whole", "cut"):
-        shutil.copytree(models, tmp_path / name)
+        for model in ("student", "teacher"):
+            shutil.copytree(models / model, tmp_path / name / model)
         folder = tmp_path / name / "checkpoints"
         if name == "cut":
             calls: list[bool] = []
