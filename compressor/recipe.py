@@ -63,6 +63,9 @@ class Distill(Section):
         "its final hidden states",
     )
     cache: str | None = Field(None, description="folder of the cache; cache/ in the run folder unless given")
+    prompts: int = Field(10_000, gt=0, description="prompts that the teacher answers, for seqkd")
+    max_new_tokens: int = Field(256, gt=0, description="longest answer of the teacher, for seqkd")
+    sampling_temperature: float = Field(0.0, ge=0, description="of the teacher's answers, for seqkd; 0 is greedy")
     keep: int = Field(64, gt=0, description="ids that a cache keeps of each token's distribution")
     tokens: int = Field(100_000_000, gt=0, description="training budget in tokens")
     batch: int = Field(64, gt=0, description="rows per optimizer step, over all processes")

@@ -13,6 +13,7 @@ from compressor.errors import UserError
 from compressor.evaluate import generation as g
 from compressor.runtime import TorchRuntime, prompt_ids
 from compressor.runtime.face import Speaker
+from compressor.runtime.prompts import ids_of, plain_ids
 
 
 def ask(text: str) -> dict:
@@ -148,7 +149,7 @@ def test_batched_samples_follow_the_models_distribution(models):
 def plainly(student: TorchRuntime, teacher: TorchRuntime, answers_of: TorchRuntime, seeds, length: int) -> list[float]:
     """Accumulated error in float64, answer by answer, from whole logits."""
     sums = [0.0] * length
-    ids = [g._ids(prompt, student.tokenizer) for prompt in PROMPTS]
+    ids = [ids_of(prompt, student.tokenizer) for prompt in PROMPTS]
     for seed in seeds:
         answers = answers_of.answers(ids, max_new_tokens=length, temperature=1.0, seed=seed)
         for prompt, answer in zip(ids, answers, strict=True):
@@ -165,7 +166,7 @@ def plainly(student: TorchRuntime, teacher: TorchRuntime, answers_of: TorchRunti
 @pytest.mark.parametrize("chunk", [5, 1000])
 def test_a_student_judged_against_its_teacher_equals_the_plain_computation(models, chunk):
     student, teacher = models
-    early = student.answers([g._ids(PROMPTS[0], student.tokenizer)], max_new_tokens=12, temperature=1.0, seed=10)[0][3]
+    early = student.answers([ids_of(PROMPTS[0], student.tokenizer)], max_new_tokens=12, temperature=1.0, seed=10)[0][3]
     for model in models:
         model.stops.add(early)  # so that some answers end early
     try:
@@ -191,7 +192,7 @@ def test_a_student_judged_against_its_teacher_equals_the_plain_computation(model
         assert row["ex_acc_err"] == pytest.approx(100 * (row["student"] / row["teacher"] - 1))
     sure, right = [], []
     for prompt, reference in zip(PROMPTS, REFERENCES, strict=True):
-        before, told = (g._ids(prompt, student.tokenizer), g._tokens(reference, student.tokenizer)[:12])
+        before, told = (ids_of(prompt, student.tokenizer), plain_ids(reference, student.tokenizer)[:12])
         chances = student.logits(torch.tensor(before + told))[:, :259].double().softmax(-1)
         for t, token in enumerate(told):
             sure.append(float(chances[len(before) - 1 + t].max()))

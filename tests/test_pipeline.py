@@ -615,3 +615,14 @@ def without(path: Path, *stages: str) -> str:
 def test_a_cache_is_asked_for_what_can_be_kept(world, tmp_path):
     with pytest.raises(UserError, match=r"signal is online and distill\.method kl; expected kl by topk"):
         compressor.cache(recipe(world), out=tmp_path / "cache")
+
+
+def test_a_student_learns_the_teachers_own_answers(world, tmp_path):
+    values = recipe(world, distill={"method": "seqkd", "prompts": 60, "max_new_tokens": 8})
+    lines: list[str] = []
+    report = compressor.distill(values, out=tmp_path / "run", say=lines.append)
+    assert report["status"] == "done"
+    assert any(line.startswith("answers") and "of 60 prompts answered" in line for line in lines)
+    written = [json.loads(line) for file in (tmp_path / "run/answers/data").iterdir() for line in file.open()]
+    assert all(record.keys() == {"text"} for record in written)
+    assert any("heldout_ce" in line for line in read_lines(tmp_path / "run" / "metrics.jsonl"))

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 
 from ..data import check_same_tokens, collate, num_ids
-from ..data.encoding import document_ends
+from ..data.repetition import GRAM, grams, repetition
 from ..errors import UserError
-from ..runtime import Runtime, prompt_ids
+from ..runtime import Runtime
+from ..runtime.prompts import Prompt, asked, ids_of, plain_ids
 from . import text
 
-Prompt = dict[str, Any] | str  # a conversation {"messages", "tools"?} to answer, or text to go on with
 Progress = Callable[[str, int, int | None], None]
 
 SEEDS = (10, 20, 30, 40, 50)  # MiniLLM's, over which it takes the mean
-GRAM = 4  # Dist-4, and what counts as repeated: shorter runs of tokens recur in good text too
 BINS = 15  # of confidence, as Guo et al.
 FIRST_LENGTH = 8  # exposure bias is told here and at every doubling
 ROUNDING_NATS = 1e-6  # a position's KL divergence below this is float32's rounding, no error to compare with
@@ -62,7 +61,7 @@ def generation(
     _check(runtime, prompts, told, seeds=seeds, temperature=temperature, max_new_tokens=max_new_tokens)
     if against is not None:
         check_same_tokens(against.tokenizer, runtime.tokenizer)
-    ids = [_ids(prompt, runtime.tokenizer) for prompt in prompts]
+    ids = [ids_of(prompt, runtime.tokenizer) for prompt in prompts]
     longest = max(map(len, ids))
     room = runtime.context - max_new_tokens
     if longest > room:
@@ -70,7 +69,7 @@ def generation(
             f"a prompt has {longest} tokens; expected at most {room}, the model's context less max_new_tokens; "
             "shorten it, or lower max_new_tokens"
         )
-    told_ids = [[_tokens(one, runtime.tokenizer)[:max_new_tokens] for one in several] for several in told]
+    told_ids = [[plain_ids(one, runtime.tokenizer)[:max_new_tokens] for one in several] for several in told]
     first_ids = [several[0] for several in told_ids]
     models = {"answers": runtime} | ({"the teacher's answers": against} if against is not None else {})
     drawn: dict[str, list[list[list[int]]]] = {name: [] for name in models}  # model -> seed -> prompt -> token ids
@@ -121,20 +120,10 @@ def collapsed(*, repetition: float, length_drift: float) -> str | None:
     return None
 
 
-def repetition(tokens: Sequence[Any]) -> float:
-    """Share of the 4-grams of one text that occurred before in it; 0 where there are none."""
-    grams = _grams(tokens)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def distinct(texts: Iterable[Sequence[Any]]) -> float | None:
     """Dist-4 (Li et al., arXiv 1510.03055): distinct 4-grams over all 4-grams of the texts together; None without."""
-    grams = Counter(gram for tokens in texts for gram in _grams(tokens))
-    return len(grams) / grams.total() if grams else None
-
-
-def _grams(tokens: Sequence[Any]) -> list[tuple[Any, ...]]:
-    return [tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1)]
+    counts = Counter(gram for tokens in texts for gram in grams(tokens))
+    return len(counts) / counts.total() if counts else None
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -250,11 +239,11 @@ def heldout_prompts(
     references: list[str] = []
     for record in islice(records, DRAWS * count):
         # half the room: what is cut out of a text may take a few tokens more than it had
-        prompt, reference = _asked(record, tokenizer, most=min(max_new_tokens, room // 2))
+        prompt, reference = asked(record, tokenizer, most=min(max_new_tokens, room // 2))
         if not reference.strip():
             continue
         try:
-            length = len(_ids(prompt, tokenizer))
+            length = len(ids_of(prompt, tokenizer))
         except UserError:
             if not tokenizer.chat_template:
                 raise
@@ -270,38 +259,6 @@ def heldout_prompts(
             "leave max_new_tokens free in the context; use other data, or lower evaluate.max_new_tokens"
         )
     return prompts, references
-
-
-def _asked(record: dict[str, Any], tokenizer: Any, *, most: int) -> tuple[Prompt, str]:
-    """The prompt and the reference of one record; texts give at most `most` tokens to each."""
-    if "text" in record:
-        found = tokenizer(record["text"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ends = [end for _, end in found["offset_mapping"]]
-        half = max(0, min(len(ends) // 2, most))
-        cut, end = (ends[half - 1], ends[min(half + most, len(ends)) - 1]) if half else (0, 0)
-        return record["text"][:cut], record["text"][cut:end]
-    tools = {"tools": record["tools"]} if "tools" in record else {}
-    if "prompt" in record:
-        asked = [{"role": "user", "content": record["prompt"]}]
-        return ({"messages": asked} | tools) if tokenizer.chat_template else record["prompt"], record["completion"]
-    messages = record["messages"]
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return {"messages": messages[:last]} | tools, messages[last]["content"] if last else ""
-
-
-def _ids(prompt: Prompt, tokenizer: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return document_ends(tokenizer)[0] + _tokens(prompt, tokenizer)
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the prompts are chats but the model's tokenizer has no chat template; expected texts, or a model with a "
-            "chat template; use other data or an instruct model"
-        )
-    return prompt_ids(prompt, tokenizer)
-
-
-def _tokens(written: str, tokenizer: Any) -> list[int]:
-    return list(tokenizer(written, add_special_tokens=False)["input_ids"])
 
 
 def _check(

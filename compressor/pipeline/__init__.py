@@ -59,13 +59,14 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     if RANK:
         return _assist(job)
     with run.locked():
-        if run.done("distill") is None:  # what cannot be trained is told before anything is computed
+        # what cannot be trained is told before anything is computed; the teacher's answers are not there yet
+        if run.done("distill") is None and not _wanted("answers", recipe):
             check(batches=job.batches, heldout=job.heldout, settings=recipe.distill)
             _check_ids(job)
         _open(run, recipe, job.teacher)
         fresh = False
         for name, stage in STAGES.items():
-            if (name == "export" and not recipe.export.formats) or (name == "cache" and not _caches(recipe)):
+            if not _wanted(name, recipe):
                 continue
             # exports may be asked for after all, and the report is then written again
             if (mark := run.done(name)) is not None and not (name == "report" and fresh):
@@ -91,8 +92,14 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     return result
 
 
-def _caches(recipe: Recipe) -> bool:
-    return recipe.distill.signal != "online" and recipe.distill.method == "kl"
+def _wanted(stage: str, recipe: Recipe) -> bool:
+    """Whether the recipe has the stage."""
+    settings = recipe.distill
+    if stage == "answers":
+        return settings.method == "seqkd"
+    if stage == "cache":
+        return settings.signal != "online" and settings.method == "kl"
+    return stage != "export" or bool(recipe.export.formats)
 
 
 def cache(recipe: Recipe | dict[str, Any], *, out: Path | str, say: Say = quiet) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def cache(recipe: Recipe | dict[str, Any], *, out: Path | str, say: Say = quiet)
     """
     values = recipe if isinstance(recipe, dict) else recipe.model_dump()
     job = _job(recipes.merged(values, {"distill": {"cache": str(out)}}), out, say)
-    if not _caches(job.recipe):
+    if not _wanted("cache", job.recipe):
         asked = job.recipe.distill
         raise UserError(
             f"distill.signal is {asked.signal} and distill.method {asked.method}; expected kl by topk, sampled or "
@@ -169,7 +176,7 @@ def _assist(job: Job) -> dict[str, Any]:
     The launcher ends us if the first process fails. Raises UserError where its run folder never comes into sight.
     """
     started = time.monotonic()
-    ready = "cache" if _caches(job.recipe) else "surgery"
+    ready = next(name for name in ("answers", "cache", "surgery") if _wanted(name, job.recipe))
     while job.run.done(ready) is None:
         if not job.run.recipe.exists() and time.monotonic() - started > PATIENCE_SECONDS:
             raise UserError(

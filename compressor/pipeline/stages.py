@@ -58,6 +58,16 @@ class Job:
         return str(self.recipe.data.source)
 
     @property
+    def learned_from(self) -> str:
+        """Where the student's rows come from: the data, or the teacher's answers to them."""
+        return str(self.answers / "data") if self.recipe.distill.method == "seqkd" else self.source
+
+    @property
+    def answers(self) -> Path:
+        """Where the teacher's answers are kept."""
+        return self.run.folder / "answers"
+
+    @property
     def data(self) -> dict[str, Any]:
         """How this run reads its data, for every function of compressor.data."""
         section = self.recipe.data
@@ -90,7 +100,7 @@ class Job:
         from ..data import Blocks
 
         sizes = {"context": self.recipe.data.context, "group": self.recipe.distill.micro_batch}
-        return Blocks(self.source, self.tokenizer, **sizes, **self.data)
+        return Blocks(self.learned_from, self.tokenizer, **sizes, **self.data)
 
     @cached_property
     def heldout(self) -> Any:
@@ -100,7 +110,9 @@ class Job:
         settings = self.recipe.distill
         sizes = {"limit": settings.heldout_rows, "batch_size": settings.micro_batch}
         with progress("held-out rows", unit="rows"):
-            return heldout_batches(self.source, self.tokenizer, context=self.recipe.data.context, **sizes, **self.data)
+            return heldout_batches(
+                self.learned_from, self.tokenizer, context=self.recipe.data.context, **sizes, **self.data
+            )
 
 
 # --- the stages, in order -------------------------------------------------------------------------------------------
@@ -185,6 +197,38 @@ def surgery(job: Job) -> str:
     return f"{job.teacher.shape.parameters:,} -> {job.shape.parameters:,} parameters"
 
 
+def answers(job: Job) -> str:
+    """Have the teacher answer the prompts of the data, and check that the answers can be trained on."""
+    from ..answers import generate, outcome_counts
+    from ..data import records, shuffled
+    from ..runtime import TorchRuntime
+    from ..train import check
+
+    settings = job.recipe.distill
+    stream = shuffled(records(job.source, part="train", **job.data), seed=job.recipe.seed)
+    with progress("answers", total=settings.prompts, unit="prompts") as advance:
+        index = generate(
+            job.answers,
+            lambda: TorchRuntime(job.teacher.folder, batch_size=job.recipe.evaluate.batch_size),
+            stream,
+            job.tokenizer,
+            about={"teacher": job.teacher.fingerprint(), "source": public_name(job.source)},
+            count=settings.prompts,
+            context=job.recipe.data.context,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.sampling_temperature,
+            seed=job.recipe.seed,
+            progress=advance,
+        )
+    check(batches=job.batches, heldout=job.heldout, settings=settings)
+    outcomes = outcome_counts(index)
+    job.facts = {"outcomes": dict(outcomes)}
+    left_out = ", ".join(f"{count} {why}" for why, count in sorted(outcomes.items()) if why != "kept")
+    return f"{outcomes['kept']} of {outcomes.total()} prompts answered" + (
+        f"; left out: {left_out}" if left_out else ""
+    )
+
+
 def cache(job: Job) -> str:
     """Ask the teacher once for all that the student will learn from, and measure what is lost by keeping part of it."""
     from itertools import chain, islice
@@ -224,7 +268,7 @@ def _signal(job: Job) -> Any:
     """What the recipe's method knows of the teacher."""
     from ..signals import Cached, Online
 
-    if job.recipe.distill.method == "sft":
+    if job.recipe.distill.method in ("sft", "seqkd"):
         return None
     if job.recipe.distill.signal == "online":
         return Online(teacher_of(job))
@@ -372,6 +416,7 @@ def report(job: Job) -> str:
 STAGES: dict[str, Callable[[Job], str]] = {
     "importance": importance,
     "surgery": surgery,
+    "answers": answers,
     "cache": cache,
     "distill": distill_student,
     "evaluate": evaluate_all,

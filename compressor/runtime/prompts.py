@@ -1,0 +1,43 @@
+"""What a record asks of a model, and what it answers."""
+
+from typing import Any
+
+from ..data.encoding import document_ends
+from ..errors import UserError
+from .face import prompt_ids
+
+Prompt = dict[str, Any] | str  # a conversation {"messages", "tools"?} to answer, or text to go on with
+
+
+def asked(record: dict[str, Any], tokenizer: Any, *, most: int) -> tuple[Prompt, str]:
+    """The prompt and the reference of one record; texts give at most `most` tokens to each."""
+    if "text" in record:
+        found = tokenizer(record["text"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends = [end for _, end in found["offset_mapping"]]
+        half = max(0, min(len(ends) // 2, most))
+        cut, end = (ends[half - 1], ends[min(half + most, len(ends)) - 1]) if half else (0, 0)
+        return record["text"][:cut], record["text"][cut:end]
+    tools = {"tools": record["tools"]} if "tools" in record else {}
+    if "prompt" in record:
+        asked = [{"role": "user", "content": record["prompt"]}]
+        return ({"messages": asked} | tools) if tokenizer.chat_template else record["prompt"], record["completion"]
+    messages = record["messages"]
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return {"messages": messages[:last]} | tools, messages[last]["content"] if last else ""
+
+
+def ids_of(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """A prompt as token ids. Raises UserError for a chat under a tokenizer without a chat template."""
+    if isinstance(prompt, str):
+        return document_ends(tokenizer)[0] + plain_ids(prompt, tokenizer)
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the prompts are chats but the model's tokenizer has no chat template; expected texts, or a model with a "
+            "chat template; use other data or an instruct model"
+        )
+    return prompt_ids(prompt, tokenizer)
+
+
+def plain_ids(text: str, tokenizer: Any) -> list[int]:
+    """A text as token ids, with nothing before or after it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
