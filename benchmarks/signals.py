@@ -63,6 +63,7 @@ def main() -> None:
                 keep=keep,
                 temperature=recipe.distill.temperature,
                 vocab=vocab,
+                rows={},
             )
             build(Path(place) / name, lambda: teacher, rows, about=about, batch_size=options.rows)
             signals[name] = cached = Cached(Path(place) / name, about)

@@ -109,7 +109,14 @@ def _prompts(
     room = context - max_new_tokens
     for record in islice(records, DRAWS * count):
         prompt, _ = asked(record, tokenizer, most=min(max_new_tokens, room // 2))
-        ids = ids_of(prompt, tokenizer)
+        if not isinstance(prompt, str) and not prompt["messages"]:
+            continue  # it begins with an answer
+        try:
+            ids = ids_of(prompt, tokenizer)
+        except UserError:
+            if not tokenizer.chat_template:
+                raise
+            continue  # the template refuses it, as it does in training
         key = hashlib.sha256(json.dumps(ids).encode()).digest()
         if 0 < len(ids) <= room and key not in seen:
             seen.add(key)
@@ -129,7 +136,7 @@ def _judged(
     if repetition(answer) > MOST_REPETITION:
         return None, "repetitive"
     if isinstance(prompt, str):
-        return {"text": prompt + text}, "kept"
+        return {"text": prompt + text}, "kept"  # all of it is learned: what precedes the answer is the data's own
     if len(answer) >= most:
         return None, "too long"
     return prompt | {"messages": [*prompt["messages"], {"role": "assistant", "content": text.strip()}]}, "kept"

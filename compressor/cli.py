@@ -153,13 +153,13 @@ def cache(
     data: Data = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
-    signal: Annotated[str, typer.Option(help="topk, sampled or hidden.")] = "topk",
+    signal: Annotated[str | None, typer.Option(help="topk, sampled or hidden. [default: the recipe's]")] = None,
     as_json: Json = False,
 ) -> None:
     """Keep what the teacher says of all that distill would show it, to train from without the teacher."""
     from . import pipeline
 
-    settings = [*(settings or []), f"distill.signal={signal}"]
+    settings = [*(settings or []), *([f"distill.signal={signal}"] if signal else [])]
     result = pipeline.cache(_recipe_values(teacher, target, data, recipe, settings), out=out, say=_say)
     _print_json(result) if as_json else print(result["folder"])
 

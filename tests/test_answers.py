@@ -59,6 +59,22 @@ def test_each_prompt_is_asked_once_and_bad_answers_are_left_out(tokenizer, tmp_p
     assert not again.seeds  # nothing is missing, so nobody is asked
 
 
+def test_what_asks_nothing_and_what_the_template_refuses_are_left_out(tmp_path, monkeypatch):
+    from compressor.runtime.prompts import ids_of
+
+    def refusing(prompt, tokenizer):
+        if prompt["messages"][0]["role"] == "judge":
+            raise UserError("the chat template refuses a conversation")
+        return ids_of(prompt, tokenizer)
+
+    monkeypatch.setattr("compressor.answers.ids_of", refusing)
+    runtime = TorchRuntime(DEMO_FOLDER)
+    first = {"messages": [{"role": "assistant", "content": "I begin."}]}
+    strange = {"messages": [{"role": "judge", "content": "x"}, {"role": "assistant", "content": "?"}]}
+    index = made(tmp_path, runtime, [first, strange, chat("Repeat the word fox three times.")], context=256)
+    assert outcome_counts(index).total() == 1
+
+
 def test_texts_go_on_and_tools_stay(tokenizer, tmp_path):
     runtime = Scripted(tokenizer)
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()  # what the test itself had the libraries say
     code = run(list(arguments))
     out, err = capsys.readouterr()
     return code, out, err

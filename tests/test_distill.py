@@ -384,6 +384,20 @@ def test_the_projection_is_trained_resumed_and_never_saved_with_the_student(mode
     assert 1e-4 < (projection["projection.weight"] - start).abs().max() < 0.5
 
 
+def test_hidden_states_are_matched_under_gradient_checkpointing_too():
+    batch, teacher = collate(first_rows(3)), tiny_model(**TEACHER)
+    grads = []
+    for checkpointing in (False, True):
+        student = tiny_model(seed=3).train()
+        if checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = distillation_loss(Online(teacher), settings=settings(), vocab=259, hidden=hidden_loss())
+        loss(student, batch).loss.backward()
+        grads.append([parameter.grad for parameter in student.parameters()])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_hidden_states_want_the_teacher_itself():
     with pytest.raises(UserError, match="wants the teacher itself; expected signal online"):
         distillation_loss(None, settings=settings(), hidden=hidden_loss())

@@ -384,8 +384,9 @@ def test_the_command_adds_generation_to_its_result_and_a_table(tmp_path, capsys)
     assert found["exposure_bias"][-1] == {"length": 128, "student": 0.0, "teacher": 0.0, "ex_acc_err": 0.0}
     render_evaluation(told)
     out = capsys.readouterr().out
-    for words in ("Rouge-L", "references", "expected calibration error", "excess accumulated error, 128 tokens"):
-        assert words in out
+    folded = " ".join(out.split())  # the width is the terminal's
+    for words in ("Rouge-L", "references", "expected calibration error", "excess accumulated error"):
+        assert words in folded
     assert "collapsed: answers are" in out
     assert run([*common, "--generation"]) == 2
     assert "--generation has no prompts" in capsys.readouterr().err

@@ -626,3 +626,16 @@ def test_a_student_learns_the_teachers_own_answers(world, tmp_path):
     written = [json.loads(line) for file in (tmp_path / "run/answers/data").iterdir() for line in file.open()]
     assert all(record.keys() == {"text"} for record in written)
     assert any("heldout_ce" in line for line in read_lines(tmp_path / "run" / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"method": "sft", "hidden_loss": "cosine"}, "hidden_loss cosine wants the teacher beside the student"),
+        ({"signal": "sampled", "divergence": "jsd"}, "signal sampled is unbiased for forward_kl alone"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told_at_once(world, tmp_path, settings, says):
+    with pytest.raises(UserError, match=says):
+        compressor.distill(recipe(world, distill=settings), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

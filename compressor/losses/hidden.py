@@ -55,8 +55,8 @@ class HiddenLoss(nn.Module):
             if self.measure == "cosine":
                 total = total + (1 - functional.cosine_similarity(found_NE, their_NE, dim=-1)).sum()
             else:
-                scale = their_NE.square().mean().clamp(min=1e-12)
-                total = total + (found_NE - their_NE).square().mean(-1).sum() / scale
+                scale = their_NE.square().sum() / max(1, their_NE.numel())  # no rows give 0, not NaN
+                total = total + (found_NE - their_NE).square().mean(-1).sum() / scale.clamp(min=1e-12)
         return total / len(self.pairs)
 
 

@@ -26,7 +26,7 @@ from .stages import STAGES, Job, Say, distill_student, hush, quiet
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..plan import Plan
-    from ..recipe import Recipe
+    from ..recipe import Distill, Recipe
 
 __all__ = ["bench", "cache", "distill", "evaluate", "export", "package", "plan"]
 
@@ -108,8 +108,9 @@ def cache(recipe: Recipe | dict[str, Any], *, out: Path | str, say: Say = quiet)
     The recipe's distill.signal says what is kept. A build that was ended goes on. Returns {"folder", "tokens", "bytes",
     "bytes_per_token"}. Raises UserError for a recipe that keeps nothing, and for a folder that holds something else.
     """
-    values = recipe if isinstance(recipe, dict) else recipe.model_dump()
-    job = _job(recipes.merged(values, {"distill": {"cache": str(out)}}), out, say)
+    recipe = _checked(recipe)
+    distill = recipe.distill.model_copy(update={"cache": str(out)})
+    job = _job(recipe.model_copy(update={"distill": distill}), out, say)
     if not _wanted("cache", job.recipe):
         asked = job.recipe.distill
         raise UserError(
@@ -131,6 +132,7 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
     hush()
     recipe = _checked(recipe)
     _check_exports(recipe)
+    _check_method(recipe.distill)
     # a target that cannot be met is told from the config alone, before gigabytes are fetched
     choose(parse_target(recipe.target), Shape.from_config(teacher_config(recipe.teacher)))
     teacher = Checkpoint(resolve(hub_name(recipe.teacher)))
@@ -144,6 +146,21 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": DEFAULT_DATA})})
     run = Run(out or Path("runs") / _slug(f"{Path(recipe.teacher).name}-{recipe.target}"))
     return Job(run, recipe, teacher, shape, say)
+
+
+def _check_method(settings: Distill) -> None:
+    """Settings that do not go together are told before anything is computed."""
+    online = settings.method == "kl" and settings.signal == "online"
+    if settings.hidden_loss in ("cosine", "mse") and not online:
+        raise UserError(
+            f"distill.hidden_loss {settings.hidden_loss} wants the teacher beside the student; expected method kl and "
+            "signal online; leave hidden_loss out or choose those"
+        )
+    if settings.method == "kl" and settings.signal == "sampled" and settings.divergence != "forward_kl":
+        raise UserError(
+            f"distill.signal sampled is unbiased for forward_kl alone and distill.divergence is {settings.divergence}; "
+            "expected forward_kl; choose another signal or that divergence"
+        )
 
 
 def _check_exports(recipe: Recipe) -> None:

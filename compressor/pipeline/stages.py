@@ -92,6 +92,15 @@ class Job:
             keep=settings.keep,
             temperature=settings.temperature,
             vocab=self.vocab,
+            rows={
+                "source": public_name(self.source),
+                "seed": self.recipe.seed,
+                "context": self.recipe.data.context,
+                "tokens": settings.tokens,
+                "batch": settings.batch,
+                "micro_batch": settings.micro_batch,
+                "heldout_rows": settings.heldout_rows,
+            },
         )
 
     @cached_property
@@ -436,7 +445,9 @@ def ship(run: Run, report: dict[str, Any], recipe: Recipe) -> None:
     data = recipe.data.model_copy(update={"source": public_name(recipe.data.source)})
     scores = recipe.importance.model_copy(update={"scores": public_name(recipe.importance.scores)})
     teacher = public_name(hub_name(recipe.teacher))
-    public = recipe.model_copy(update={"teacher": teacher, "data": data, "importance": scores})
+    distill = recipe.distill.model_copy(update={"cache": public_name(recipe.distill.cache)})
+    sections = {"data": data, "importance": scores, "distill": distill}
+    public = recipe.model_copy(update={"teacher": teacher} | sections)
     licence = run.read_facts().get("licence")
     write_card(run.student, report=report, teacher=public.teacher, recipe=public.to_yaml(), licence=licence)
     write_checksums(run.student)

@@ -37,14 +37,15 @@ Say = Callable[[int], None]
 
 
 def fingerprint(
-    *, teacher: str, tokenizer: Any, kind: Kind, keep: int, temperature: float, vocab: int
+    *, teacher: str, tokenizer: Any, kind: Kind, keep: int, temperature: float, vocab: int, rows: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a cache depends on besides the token ids, which each row's key holds.
+    """What a cache depends on.
 
-    teacher: of its weights. keep: ids kept of each target; no matter for hidden states, which know no temperature.
+    teacher: of its weights. rows: what decides which rows are asked for, and in which order. keep: ids kept of each
+    target; no matter for hidden states, which know no temperature.
     """
     told = str(tokenizer.chat_template) + str(sorted(tokenizer.get_vocab().items()))
-    found = {"version": VERSION, "kind": kind, "teacher": teacher, "vocab": vocab}
+    found = {"version": VERSION, "kind": kind, "teacher": teacher, "vocab": vocab, **rows}
     found["tokenizer"] = hashlib.sha256(told.encode()).hexdigest()[:16]
     return found if kind == "hidden" else found | {"keep": keep, "temperature": temperature}
 

@@ -51,7 +51,7 @@ def observed(model: nn.Module, batch: Batch, counted_BT: Tensor, states: Sequenc
 
     def keep(number: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            found[number] = output[:, :-1][counted_BT]
+            found[number] = output  # cut only after the pass: under checkpointing the hook is gone at recomputation
 
         return hook
 
@@ -61,7 +61,7 @@ def observed(model: nn.Module, batch: Batch, counted_BT: Tensor, states: Sequenc
     finally:
         for hook in hooks:
             hook.remove()
-    return final_ND, [found[number] for number in states]
+    return final_ND, [found[number][:, :-1][counted_BT] for number in states]
 
 
 def head_weight(model: nn.Module) -> Tensor:
