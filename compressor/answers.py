@@ -17,7 +17,7 @@ from typing import Any
 
 from .data.repetition import repetition
 from .errors import UserError
-from .run import alone, read_json, write_json, write_text
+from .run import alone, check_about, read_json, write_json, write_text
 from .runtime import Runtime
 from .runtime.prompts import Prompt, asked, ids_of
 
@@ -92,12 +92,7 @@ def _begun(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         return {"about": about, "shards": [], "complete": False}
     index = read_json(folder / INDEX)
-    for key, wanted in about.items():
-        if index["about"].get(key) != wanted:
-            raise UserError(
-                f"{folder} was made with another {key} ({index['about'].get(key)}); expected {wanted}; choose another "
-                "folder"
-            )
+    check_about(folder, index, about)
     return index
 
 

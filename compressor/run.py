@@ -123,6 +123,16 @@ def staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def check_about(folder: Path, index: dict[str, Any], about: dict[str, Any]) -> None:
+    """Raise UserError where what a folder holds, by its index, was made of something else than `about`."""
+    for key, wanted in about.items():
+        if index["about"].get(key) != wanted:
+            raise UserError(
+                f"{folder} was made with another {key} ({index['about'].get(key)}); expected {wanted}; choose another "
+                "folder, or build it anew"
+            )
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the place of `folder`, which need not exist; UserError where another process is writing there."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..data import Batch, collate, targets
 from ..errors import UserError
-from ..run import alone, aside, read_json, write_json
+from ..run import alone, aside, check_about, read_json, write_json
 from .online import check_head, head_weight, predicting
 
 Kind = Literal["topk", "sampled", "hidden"]
@@ -111,16 +111,6 @@ def _begun(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     index = read_json(folder / INDEX)
     check_about(folder, index, about)
     return index
-
-
-def check_about(folder: Path, index: dict[str, Any], about: dict[str, Any]) -> None:
-    """Raise UserError where a cache was made of something else."""
-    for key, wanted in about.items():
-        if index["about"].get(key) != wanted:
-            raise UserError(
-                f"{folder} was made with another {key} ({index['about'].get(key)}); expected {wanted}; choose another "
-                "folder, or build it anew"
-            )
 
 
 def _batches(rows: Iterable[dict[str, Tensor]], size: int) -> Iterator[list[dict[str, Tensor]]]:

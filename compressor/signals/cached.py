@@ -13,8 +13,8 @@ from torch import Tensor
 from ..data import Batch
 from ..errors import UserError
 from ..losses import Dense, Sampled, Teacher, TopK
-from ..run import read_json
-from .cache import HEAD, INDEX, check_about, row_keys
+from ..run import check_about, read_json
+from .cache import HEAD, INDEX, row_keys
 
 
 class Cached:
