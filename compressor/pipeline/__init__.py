@@ -1,9 +1,9 @@
 """The story: from a checkpoint and a target to a healthy smaller student. Read this first.
 
-Each stage (`stages`) loads what it needs from the run folder, calls one room of the house, saves, and is marked done; a
-stage that is marked is never run again, so running the same command again resumes. The rooms know nothing of each
-other: they meet here, through values and files. What is done with a finished run is in `finished`; `subject` says what
-is judged or exported, and how.
+Each stage (`stages`; what the student learns by is in `learning`) loads what it needs from the run folder, calls one
+room of the house, saves, and is marked done; a stage that is marked is never run again, so running the same command
+again resumes. The rooms know nothing of each other: they meet here, through values and files. What is done with a
+finished run is in `finished`; `subject` says what is judged or exported, and how.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from ..architecture import choose, parse_target
 from ..errors import CheckFailed, UserError
 from ..run import RANK, Run, read_json, write_text
 from ..shape import Shape
-from . import stages
+from . import learning
 from .finished import bench, evaluate, export, package
-from .stages import STAGES, Job, Say, distill_student, hush, quiet
+from .job import Job, Say, hush, quiet
+from .stages import STAGES
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -117,7 +118,7 @@ def cache(recipe: Recipe | dict[str, Any], *, out: Path | str, say: Say = quiet)
             f"distill.signal is {asked.signal} and distill.method {asked.method}; expected kl by topk, sampled or "
             "hidden; give --signal"
         )
-    say(f"cache       {stages.cache(job)}")
+    say(f"cache       {learning.cache(job)}")
     return job.facts
 
 
@@ -202,7 +203,7 @@ def _assist(job: Job) -> dict[str, Any]:
             )
         time.sleep(0.5)
     if job.run.done("distill") is None:
-        distill_student(job)
+        learning.distill_student(job)
     return {}
 
 

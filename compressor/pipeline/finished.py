@@ -9,7 +9,8 @@ from .. import recipe as recipes
 from ..errors import CheckFailed, UserError
 from ..progress import progress
 from ..run import Run, read_json
-from .stages import Say, hush, public_name, quiet, ship
+from .job import Say, hush, public_name, quiet
+from .stages import ship
 from .subject import Subject, ended
 
 if TYPE_CHECKING:

@@ -3,128 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckFailed, UserError
 from ..progress import progress
-from ..run import RANK, Run, staged, write_json
-from ..shape import Shape
+from ..run import Run, staged, write_json
+from .job import Job, public_name
+from .learning import answers, cache, distill_student
 from .subject import Subject, suites_of
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
     from ..recipe import Recipe
     from ..scores import Scores
-
-Say = Callable[[str], None]
-DEEP_CUT = 1 / 3  # of the layers, from which on hidden states are matched: Minitron saw a gain at a half
-
-
-def quiet(message: str) -> None:
-    """Say nothing: what a notebook gets unless it passes print."""
-
-
-@dataclass
-class Job:
-    """What every stage of one run is handed: the folder, the recipe, the teacher and the shape to reach."""
-
-    run: Run
-    recipe: Recipe
-    teacher: Checkpoint
-    shape: Shape
-    say: Say
-    facts: dict[str, Any] = field(default_factory=dict)  # what the current stage wants noted with its mark
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The teacher's, read once for all stages."""
-        from ..checkpoint import load_tokenizer
-
-        return load_tokenizer(self.teacher.folder)
-
-    @property
-    def vocab(self) -> int:
-        """How many token ids there are: the heads' further rows are padding and take no part in the loss."""
-        from ..data import num_ids
-
-        return min(num_ids(self.tokenizer), self.shape.vocab)
-
-    @property
-    def source(self) -> str:
-        """Where the data come from; the recipe names it once the run is open."""
-        return str(self.recipe.data.source)
-
-    @property
-    def learned_from(self) -> str:
-        """Where the student's rows come from: the data, or the teacher's answers to them."""
-        return str(self.answers / "data") if self.recipe.distill.method == "seqkd" else self.source
-
-    @property
-    def answers(self) -> Path:
-        """Where the teacher's answers are kept."""
-        return self.run.folder / "answers"
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """How this run reads its data, for every function of compressor.data."""
-        section = self.recipe.data
-        return {"split": section.split, "fraction": section.heldout_fraction, "seed": self.recipe.seed}
-
-    @property
-    def cache(self) -> Path:
-        """Where what the teacher said is kept, by recipes that keep it."""
-        return Path(self.recipe.distill.cache or self.run.folder / "cache")
-
-    @cached_property
-    def cached_of(self) -> dict[str, Any]:
-        """What such a cache depends on."""
-        from ..signals import fingerprint
-
-        settings = self.recipe.distill
-        assert settings.signal != "online"
-        return fingerprint(
-            teacher=self.teacher.fingerprint(),
-            tokenizer=self.tokenizer,
-            kind=settings.signal,
-            keep=settings.keep,
-            temperature=settings.temperature,
-            vocab=self.vocab,
-            rows={
-                "source": public_name(self.source),
-                "seed": self.recipe.seed,
-                "context": self.recipe.data.context,
-                "tokens": settings.tokens,
-                "batch": settings.batch,
-                "micro_batch": settings.micro_batch,
-                "heldout_rows": settings.heldout_rows,
-            },
-        )
-
-    @cached_property
-    def batches(self) -> Any:
-        """The rows to train on."""
-        from ..data import Blocks
-
-        sizes = {"context": self.recipe.data.context, "group": self.recipe.distill.micro_batch}
-        return Blocks(self.learned_from, self.tokenizer, **sizes, **self.data)
-
-    @cached_property
-    def heldout(self) -> Any:
-        """The batches of the held-out loss."""
-        from ..data import heldout_batches
-
-        settings = self.recipe.distill
-        sizes = {"limit": settings.heldout_rows, "batch_size": settings.micro_batch}
-        with progress("held-out rows", unit="rows"):
-            return heldout_batches(
-                self.learned_from, self.tokenizer, context=self.recipe.data.context, **sizes, **self.data
-            )
-
-
-# --- the stages, in order -------------------------------------------------------------------------------------------
 
 
 def importance(job: Job) -> str:
@@ -204,145 +94,6 @@ def surgery(job: Job) -> str:
     shapes = {"teacher": job.teacher.shape.to_dict(), "student": job.shape.to_dict()}
     write_json(job.run.shape, shapes | {"kept": parts})
     return f"{job.teacher.shape.parameters:,} -> {job.shape.parameters:,} parameters"
-
-
-def answers(job: Job) -> str:
-    """Have the teacher answer the prompts of the data, and check that the answers can be trained on."""
-    from ..answers import generate, outcome_counts
-    from ..data import records, shuffled
-    from ..runtime import TorchRuntime
-    from ..train import check
-
-    settings = job.recipe.distill
-    stream = shuffled(records(job.source, part="train", **job.data), seed=job.recipe.seed)
-    with progress("answers", total=settings.prompts, unit="prompts") as advance:
-        index = generate(
-            job.answers,
-            lambda: TorchRuntime(job.teacher.folder, batch_size=job.recipe.evaluate.batch_size),
-            stream,
-            job.tokenizer,
-            about={"teacher": job.teacher.fingerprint(), "source": public_name(job.source)},
-            count=settings.prompts,
-            context=job.recipe.data.context,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.sampling_temperature,
-            seed=job.recipe.seed,
-            progress=advance,
-        )
-    check(batches=job.batches, heldout=job.heldout, settings=settings)
-    outcomes = outcome_counts(index)
-    job.facts = {"outcomes": dict(outcomes)}
-    left_out = ", ".join(f"{count} {why}" for why, count in sorted(outcomes.items()) if why != "kept")
-    return f"{outcomes['kept']} of {outcomes.total()} prompts answered" + (
-        f"; left out: {left_out}" if left_out else ""
-    )
-
-
-def cache(job: Job) -> str:
-    """Ask the teacher once for all that the student will learn from, and measure what is lost by keeping part of it."""
-    from itertools import chain, islice
-
-    from ..data import heldout_rows
-    from ..signals import build
-    from ..train import check
-
-    settings = job.recipe.distill
-    rows = check(batches=job.batches, heldout=job.heldout, settings=settings) * settings.batch
-    held = heldout_rows(
-        job.source, job.tokenizer, context=job.recipe.data.context, limit=settings.heldout_rows, **job.data
-    )
-    with progress("cache", total=rows + len(held), unit="rows") as advance:
-        index = build(
-            job.cache,
-            lambda: teacher_of(job),
-            chain(held, islice(job.batches, rows)),
-            about=job.cached_of,
-            batch_size=settings.micro_batch,
-            progress=advance,
-        )
-    count = sum(shard["targets"] for shard in index["shards"])
-    nbytes = sum(shard["bytes"] for shard in index["shards"])
-    job.facts = {"folder": str(job.cache), "tokens": count, "bytes": nbytes, "bytes_per_token": nbytes / count}
-    return f"{count:,} tokens in {job.cache}, {nbytes / count:.0f} bytes a token"
-
-
-def teacher_of(job: Job) -> Any:
-    """The teacher, loaded and frozen."""
-    from .. import teacher
-
-    return teacher.load(job.teacher.folder)
-
-
-def _signal(job: Job) -> Any:
-    """What the recipe's method knows of the teacher."""
-    from ..signals import Cached, Online
-
-    if job.recipe.distill.method in ("sft", "seqkd"):
-        return None
-    if job.recipe.distill.signal == "online":
-        return Online(teacher_of(job))
-    return Cached(job.cache, job.cached_of)
-
-
-def _hidden(job: Job) -> Any:
-    """The loss on hidden states, where the recipe or a large cut in depth asks for it."""
-    from ..losses import HiddenLoss, paper_pairs
-    from ..scores import Scores
-    from ..surgery import select
-
-    settings, teacher, student = job.recipe.distill, job.teacher.shape, job.shape
-    measure = settings.hidden_loss
-    if measure == "auto":
-        deep = student.num_layers <= teacher.num_layers * (1 - DEEP_CUT)
-        measure = "cosine" if deep and settings.method == "kl" and settings.signal == "online" else "off"
-    if measure == "off":
-        return None
-    pairs = paper_pairs(student.num_layers, teacher.num_layers)
-    kept = select(Scores.load(job.run.scores), teacher, student)
-    return HiddenLoss(pairs, channels=kept.hidden, teacher_width=teacher.hidden, measure=measure)
-
-
-def distill_student(job: Job) -> str:
-    """Train the pruned model to predict what the teacher predicts; the best checkpoint becomes the student."""
-    from ..checkpoint import load_tokenizer
-    from ..data import check_same_tokens
-    from ..distill import distill
-
-    tokenizer = job.tokenizer
-    check_same_tokens(tokenizer, load_tokenizer(job.run.pruned))
-    result = distill(
-        job.run.pruned,
-        signal=_signal(job),
-        batches=job.batches,
-        heldout=job.heldout,
-        settings=job.recipe.distill,
-        folder=job.run.checkpoints,
-        seed=job.recipe.seed,
-        vocab=job.vocab,
-        hidden=_hidden(job),
-        metrics=job.run.metrics,
-    )
-    if RANK == 0:
-        _write_student(job, result.best_folder or job.run.pruned)
-    # the training time of all sessions, where a kill came between
-    seconds = {"seconds": round(result.seconds, 2)}
-    job.facts = {"status": result.status, "summary": result.describe(), "tokens": result.tokens} | seconds
-    return result.describe()
-
-
-def _write_student(job: Job, best: Path) -> None:
-    """Save the best weights in the teacher's precision, with the tokenizer and generation config beside them."""
-    import torch
-
-    from ..checkpoint import DTYPES, copy_tokenizer, load_model, require_space
-    from ..surgery import verify
-
-    dtype = getattr(torch, DTYPES[job.teacher.metadata("model.embed_tokens.weight").dtype][0])
-    require_space(job.run.folder, job.shape.parameters * dtype.itemsize)
-    with staged(job.run.student) as folder:
-        load_model(best, dtype=dtype).save_pretrained(folder)
-        copy_tokenizer(job.run.pruned, folder)
-        verify(folder, job.shape)
 
 
 def evaluate_all(job: Job) -> str:
@@ -451,20 +202,3 @@ def ship(run: Run, report: dict[str, Any], recipe: Recipe) -> None:
     licence = run.read_facts().get("licence")
     write_card(run.student, report=report, teacher=public.teacher, recipe=public.to_yaml(), licence=licence)
     write_checksums(run.student)
-
-
-def public_name(value: str | None) -> str | None:
-    """A path on this machine becomes a name: what is written here may be published."""
-    return Path(value).name if value and Path(value).exists() else value
-
-
-def hush() -> None:
-    """Keep the libraries' own bars and talk off the screen, but for downloads; ours say what there is to say."""
-    import datasets
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging
-
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()  # the Hub's too
-    enable_progress_bars()  # a download takes long, and only the Hub's bar knows of it
-    logging.set_verbosity_error()

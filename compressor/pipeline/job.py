@@ -1,0 +1,137 @@
+"""What every stage of one run is handed, and how it talks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..progress import progress
+from ..run import Run
+from ..shape import Shape
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+    from ..recipe import Recipe
+
+Say = Callable[[str], None]
+
+
+def quiet(message: str) -> None:
+    """Say nothing: what a notebook gets unless it passes print."""
+
+
+@dataclass
+class Job:
+    """What every stage of one run is handed: the folder, the recipe, the teacher and the shape to reach."""
+
+    run: Run
+    recipe: Recipe
+    teacher: Checkpoint
+    shape: Shape
+    say: Say
+    facts: dict[str, Any] = field(default_factory=dict)  # what the current stage wants noted with its mark
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The teacher's, read once for all stages."""
+        from ..checkpoint import load_tokenizer
+
+        return load_tokenizer(self.teacher.folder)
+
+    @property
+    def vocab(self) -> int:
+        """How many token ids there are: the heads' further rows are padding and take no part in the loss."""
+        from ..data import num_ids
+
+        return min(num_ids(self.tokenizer), self.shape.vocab)
+
+    @property
+    def source(self) -> str:
+        """Where the data come from; the recipe names it once the run is open."""
+        return str(self.recipe.data.source)
+
+    @property
+    def learned_from(self) -> str:
+        """Where the student's rows come from: the data, or the teacher's answers to them."""
+        return str(self.answers / "data") if self.recipe.distill.method == "seqkd" else self.source
+
+    @property
+    def answers(self) -> Path:
+        """Where the teacher's answers are kept."""
+        return self.run.folder / "answers"
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """How this run reads its data, for every function of compressor.data."""
+        section = self.recipe.data
+        return {"split": section.split, "fraction": section.heldout_fraction, "seed": self.recipe.seed}
+
+    @property
+    def cache(self) -> Path:
+        """Where what the teacher said is kept, by recipes that keep it."""
+        return Path(self.recipe.distill.cache or self.run.folder / "cache")
+
+    @cached_property
+    def cached_of(self) -> dict[str, Any]:
+        """What such a cache depends on."""
+        from ..signals import fingerprint
+
+        settings = self.recipe.distill
+        assert settings.signal != "online"
+        return fingerprint(
+            teacher=self.teacher.fingerprint(),
+            tokenizer=self.tokenizer,
+            kind=settings.signal,
+            keep=settings.keep,
+            temperature=settings.temperature,
+            vocab=self.vocab,
+            rows={
+                "source": public_name(self.source),
+                "seed": self.recipe.seed,
+                "context": self.recipe.data.context,
+                "tokens": settings.tokens,
+                "batch": settings.batch,
+                "micro_batch": settings.micro_batch,
+                "heldout_rows": settings.heldout_rows,
+            },
+        )
+
+    @cached_property
+    def batches(self) -> Any:
+        """The rows to train on."""
+        from ..data import Blocks
+
+        sizes = {"context": self.recipe.data.context, "group": self.recipe.distill.micro_batch}
+        return Blocks(self.learned_from, self.tokenizer, **sizes, **self.data)
+
+    @cached_property
+    def heldout(self) -> Any:
+        """The batches of the held-out loss."""
+        from ..data import heldout_batches
+
+        settings = self.recipe.distill
+        sizes = {"limit": settings.heldout_rows, "batch_size": settings.micro_batch}
+        with progress("held-out rows", unit="rows"):
+            return heldout_batches(
+                self.learned_from, self.tokenizer, context=self.recipe.data.context, **sizes, **self.data
+            )
+
+
+def public_name(value: str | None) -> str | None:
+    """A path on this machine becomes a name: what is written here may be published."""
+    return Path(value).name if value and Path(value).exists() else value
+
+
+def hush() -> None:
+    """Keep the libraries' own bars and talk off the screen, but for downloads; ours say what there is to say."""
+    import datasets
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()  # the Hub's too
+    enable_progress_bars()  # a download takes long, and only the Hub's bar knows of it
+    logging.set_verbosity_error()
