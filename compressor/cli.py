@@ -101,7 +101,10 @@ def distill(
     recipe: RecipeFile = None,
     settings: Settings = None,
     method: Annotated[
-        str | None, typer.Option(help="kl (the teacher's distributions), sft (the data) or seqkd (its answers).")
+        str | None,
+        typer.Option(
+            help="kl (the teacher's distributions), sft (data), seqkd (the teacher's answers), gkd, minillm (its own)."
+        ),
     ] = None,
     signal: Annotated[
         str | None, typer.Option(help="online, or what a cache keeps of the teacher: topk, sampled or hidden.")

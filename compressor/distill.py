@@ -20,7 +20,7 @@ from .data import Batch, targets
 from .errors import UserError
 from .losses import HiddenLoss, balanced, fused_linear_divergence
 from .signals import Online, Signal, check_head, head_weight, observed, predicting
-from .train import LossFunction, LossSum, TrainResult, train
+from .train import Judge, LossFunction, LossSum, TrainResult, train
 
 
 def distill(
@@ -35,10 +35,11 @@ def distill(
     vocab: int | None = None,
     hidden: HiddenLoss | None = None,
     metrics: Path | None = None,
+    judge: Judge | None = None,
 ) -> TrainResult:
     """Distill the student in `student_folder` by `signal` (see signals); checkpoints go to `folder`.
 
-    `batches`, `heldout`, `metrics` and `settings` (a recipe.Distill) are as in `train.train`; `vocab` is
+    `batches`, `heldout`, `metrics`, `judge` and `settings` (a recipe.Distill) are as in `train.train`; `vocab` is
     the number of real ids (default: the smaller of the two heads), so that padded ids take no part; `hidden` adds the
     loss on hidden states, which wants the teacher itself as signal.
     Continues by itself after a kill. Checkpoints are float32 and carry no tokenizer. Raises UserError for
@@ -57,6 +58,7 @@ def distill(
         folder=folder,
         metrics=metrics,
         seed=seed,
+        judge=judge,
     )
     return replace(result, best_folder=result.best_folder or student_folder)
 

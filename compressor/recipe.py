@@ -53,9 +53,10 @@ class Importance(Section):
 class Distill(Section):
     """How the student learns from the teacher: forward KL on logits, alone, as in arXiv 2408.11796, unless told so."""
 
-    method: Literal["kl", "sft", "seqkd"] = Field(
+    method: Literal["kl", "sft", "seqkd", "gkd", "minillm"] = Field(
         "kl",
-        description="kl: the teacher's distributions on the data; sft: the data alone; seqkd: the teacher's answers",
+        description="kl: the teacher's distributions on the data; sft: the data alone; seqkd: the teacher's answers; "
+        "gkd and minillm: the student's own answers, see onpolicy",
     )
     signal: Literal["online", "topk", "sampled", "hidden"] = Field(
         "online",
@@ -63,8 +64,10 @@ class Distill(Section):
         "its final hidden states",
     )
     cache: str | None = Field(None, description="folder of the cache; cache/ in the run folder unless given")
-    prompts: int = Field(10_000, gt=0, description="prompts that the teacher answers, for seqkd")
-    max_new_tokens: int = Field(256, gt=0, description="longest answer of the teacher, for seqkd")
+    prompts: int = Field(
+        10_000, gt=0, description="prompts answered by the teacher (seqkd) or the student (gkd, minillm)"
+    )
+    max_new_tokens: int = Field(256, gt=0, description="longest answer to them")
     sampling_temperature: float = Field(0.0, ge=0, description="of the teacher's answers, for seqkd; 0 is greedy")
     keep: int = Field(64, gt=0, description="ids that a cache keeps of each token's distribution")
     tokens: int = Field(100_000_000, gt=0, description="training budget in tokens")
@@ -95,7 +98,38 @@ class Distill(Section):
     eval_every: int = Field(50, gt=0, description="steps between held-out losses; the best checkpoint is kept")
     save_every: int = Field(50, gt=0, description="steps between checkpoints to resume from")
     heldout_rows: int = Field(64, gt=0, description="rows of the held-out loss")
+    select: Literal["auto", "loss", "rouge_l"] = Field(
+        "auto",
+        description="chooses the best checkpoint; rouge_l: of sampled answers to held-out prompts, and training ends "
+        "where these run away in length or repetition; auto: rouge_l for gkd and minillm",
+    )
+    judged_prompts: int = Field(64, gt=0, description="held-out prompts answered for it")
     chunk_tokens: int = Field(128, gt=0, description="tokens whose logits exist at one time")
+
+
+class OnPolicy(Section):
+    """How the student learns from its own answers (gkd: arXiv 2306.13649; minillm: arXiv 2306.08543)."""
+
+    start: Literal["sft", "kl", "none"] = Field("sft", description="how the student is trained beforehand")
+    start_share: float = Field(0.5, gt=0, lt=1, description="of distill.tokens, for that start")
+    share: float = Field(0.5, gt=0, le=1, description="of a step's rows that are its answers; the rest are the data")
+    lr: float = Field(5e-6, gt=0, description="learning rate, constant after the warm-up")
+    warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
+    answers: int = Field(256, gt=0, description="answers of a round, which are trained on before others are sampled")
+    inner_epochs: int = Field(4, gt=0, description="how often a round's answers are trained on")
+    sample_rows: int = Field(64, gt=0, description="answers sampled together")
+    temperature: float = Field(1.0, gt=0, description="of the answers")
+    teacher_share: float = Field(0.2, ge=0, lt=1, description="minillm: of the teacher, in sampling")
+    importance: Literal["token", "sequence", "off"] = Field(
+        "token", description="minillm: how answers that the teacher had a share in are weighed"
+    )
+    single_step: bool = Field(True, description="minillm: the next token's divergence exactly")
+    length_norm: bool = Field(True, description="minillm: rewards per token still to come")
+    clip: float | None = Field(0.2, gt=0, description="minillm: PPO's bound within a round; null: none")
+    anchor: float = Field(1.0, ge=0, description="minillm: weight of the language-modelling loss on the data")
+    variant: Literal["paper", "reference"] = Field(
+        "paper", description="minillm: as printed, or as in the authors' code, where the two differ"
+    )
 
 
 class Evaluate(Section):
@@ -123,6 +157,7 @@ class Recipe(Section):
     data: Data = Field(default_factory=Data)  # pyright: ignore[reportArgumentType] - every field has a default
     importance: Importance = Field(default_factory=Importance)  # pyright: ignore[reportArgumentType]
     distill: Distill = Field(default_factory=Distill)  # pyright: ignore[reportArgumentType]
+    onpolicy: OnPolicy = Field(default_factory=OnPolicy)  # pyright: ignore[reportArgumentType]
     evaluate: Evaluate = Field(default_factory=Evaluate)  # pyright: ignore[reportArgumentType]
     export: Export = Field(default_factory=Export)  # pyright: ignore[reportArgumentType]
 
@@ -242,6 +277,7 @@ def _numbers(value: Any) -> Any:
     return value
 
 
+ON_POLICY = ("gkd", "minillm")  # methods that learn from the student's own answers
 DERIVED = (
     ("data", "context"),
     ("importance", "batch_size"),
@@ -249,6 +285,7 @@ DERIVED = (
         ("distill", key)
         for key in ("tokens", "batch", "micro_batch", "lr", "min_lr", "warmup_steps", "eval_every", "save_every")
     ),
+    *(("onpolicy", key) for key in ("lr", "warmup_steps", "answers", "inner_epochs")),
 )
 
 
@@ -257,7 +294,8 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
 
     tokens: half a token per parameter of the student, as Minitron's short retraining (1.8B tokens for 4B), a million
     at least. batch: so that there are 400 steps, also theirs, between 8 and 768 rows, an equal share for each of the
-    processes. lr: 1e-4 at hidden 4096, inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most.
+    processes. lr: 1e-4 at hidden 4096, inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most. A
+    round of answers is four steps', as MiniLLM's (256 of 64), which reads it four times; GKD's divergence is the JSD.
     """
     context = _chosen(recipe.data, "context", min(4096, max_positions))
     if context > max_positions:
@@ -272,7 +310,9 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     lr = _chosen(recipe.distill, "lr", min(2e-3, round(1e-4 * 4096 / student.hidden, 6)))
     fitting = max(1, 2**23 // (teacher.hidden * context))  # activations of a forward pass stay small beside the weights
     share = max(1, batch // processes)  # rows of a step for each process
-    micro_batch = max(rows for rows in range(1, share + 1) if share % rows == 0 and rows <= fitting)
+    method, mixes = recipe.distill.method, recipe.distill.method in ON_POLICY and recipe.onpolicy.share < 1
+    most = max(1, share // 2) if mixes else share  # a step of two kinds of rows has two micro-batches at least
+    micro_batch = max(rows for rows in range(1, most + 1) if share % rows == 0 and rows <= fitting)
     distill = {
         "tokens": tokens,
         "batch": batch,
@@ -283,11 +323,21 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
         "eval_every": max(1, min(500, steps // 10)),
         "save_every": max(1, min(500, steps // 10)),
     }
+    if method == "gkd":
+        distill["divergence"] = "jsd"
+    own = max(1, round(recipe.onpolicy.share * batch))  # answers of a step
+    onpolicy = {
+        "lr": lr / 10,
+        "warmup_steps": min(10, steps // 20),
+        "answers": 4 * own,
+        "inner_epochs": 4 if method == "minillm" else 1,
+    }
     return recipe.model_copy(
         update={
             "data": _filled(recipe.data, {"context": context}),
             "importance": _filled(recipe.importance, {"batch_size": fitting}),
             "distill": _filled(recipe.distill, distill),
+            "onpolicy": _filled(recipe.onpolicy, onpolicy),
         }
     )
 

@@ -204,10 +204,10 @@ def test_a_worse_student_exits_1_and_keeps_the_pruned_model(world, tmp_path):
         compressor.distill(values, out=tmp_path / "run")
 
 
-def run_in_child(world: Path, out: Path) -> subprocess.Popen:
+def run_in_child(world: Path, out: Path, values: dict | None = None) -> subprocess.Popen:
     code = (
         "import json, sys, torch; torch.set_num_threads(1); import compressor\n"
-        f"compressor.distill(json.loads({json.dumps(json.dumps(recipe(world)))}), out={str(out)!r})"
+        f"compressor.distill(json.loads({json.dumps(json.dumps(values or recipe(world)))}), out={str(out)!r})"
     )
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, cwd=Path(__file__).parents[1])
 

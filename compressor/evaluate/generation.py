@@ -105,6 +105,25 @@ def generation(
     }
 
 
+def writing(
+    runtime: Runtime,
+    prompts: Sequence[list[int]],
+    references: Sequence[str],
+    *,
+    max_new_tokens: int,
+    seed: int = SEEDS[0],
+) -> dict[str, float]:
+    """rouge_l, repetition and length_drift of one answer to each prompt (token ids), drawn at temperature 1.
+
+    The same seed draws alike from models that differ little, so that a training's checkpoints compare.
+    """
+    answers = runtime.answers(prompts, max_new_tokens=max_new_tokens, temperature=1.0, seed=seed)
+    told = [[one] for one in references]
+    told_ids = [[plain_ids(one, runtime.tokenizer)[:max_new_tokens]] for one in references]
+    found = _written([answers], [seed], told, told_ids, runtime.tokenizer)
+    return {"rouge_l": found["rouge_l"]["mean"]} | {name: found[name] for name in ("repetition", "length_drift")}
+
+
 def collapsed(*, repetition: float, length_drift: float) -> str | None:
     """Why a model's writing has run away, in words, or None where it has not.
 

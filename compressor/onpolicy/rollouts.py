@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..data import IGNORED, Batch, hidden_states, targets
 from ..errors import UserError
@@ -56,6 +57,34 @@ class Rollouts:
             "labels": torch.cat([no_labels_BP, self.ids_BT.where(self.mask_BT, IGNORED)], 1),
             "attention_mask": torch.cat([self.prompt_mask_BP, self.mask_BT], 1).long(),
         }
+
+    def rows(self, **columns_BT: Tensor) -> list[dict[str, Tensor]]:
+        """Each prompt with its answer, without padding, as rows for `data.collate`; `columns_BT` are 0 over prompts."""
+        rows = []
+        for number in range(len(self.ids_BT)):
+            prompt_P, mask_T = self.prompt_ids_BP[number][self.prompt_mask_BP[number]], self.mask_BT[number]
+            answer_T = self.ids_BT[number][mask_T]
+            row = {
+                "input_ids": torch.cat([prompt_P, answer_T]),
+                "labels": torch.cat([torch.full_like(prompt_P, IGNORED), answer_T]),
+                "attention_mask": torch.ones(len(prompt_P) + len(answer_T), dtype=torch.long),
+            }
+            for name, values_BT in columns_BT.items():
+                values_T = values_BT[number][mask_T]
+                row[name] = torch.cat([values_T.new_zeros(len(prompt_P)), values_T])
+            rows.append(row)
+        return rows
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """All rows of several, padded to the longest prompt and answer, on the CPU."""
+        found: dict[str, Tensor | None] = {}
+        for field in fields(cls):
+            values = [getattr(part, field.name) for part in parts]
+            side = "left" if field.name.startswith("prompt") else "right"
+            rows = [row.cpu() for value in values if value is not None for row in value]
+            found[field.name] = pad_sequence(rows, batch_first=True, padding_side=side) if rows else None
+        return cls(**found)  # pyright: ignore[reportArgumentType] - only log_p_BT is ever None
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file: aside, synced, renamed. Raises UserError on a full disk."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .. import recipe as recipes
 from ..architecture import choose, parse_target
 from ..errors import CheckFailed, UserError
-from ..run import RANK, Run, read_json, write_text
+from ..run import RANK, Run, processes, read_json, write_text
 from ..shape import Shape
 from . import learning
 from .finished import bench, evaluate, export, package
@@ -51,6 +51,7 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     Under `accelerate launch` or `torchrun` every process calls this: all of them train, the first does the rest and
     has the report, the others return {}.
     """
+    from .. import onpolicy
     from ..train import check
 
     if RANK:
@@ -64,6 +65,9 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
         if run.done("distill") is None and not _wanted("answers", recipe):
             check(batches=job.batches, heldout=job.heldout, settings=recipe.distill)
             _check_ids(job)
+            if recipe.distill.method in recipes.ON_POLICY:
+                onpolicy.check(recipe.distill, recipe.onpolicy)
+                job.prompts("heldout", 1)
         _open(run, recipe, job.teacher)
         fresh = False
         for name, stage in STAGES.items():
@@ -98,6 +102,8 @@ def _wanted(stage: str, recipe: Recipe) -> bool:
     settings = recipe.distill
     if stage == "answers":
         return settings.method == "seqkd"
+    if stage == "start":
+        return settings.method in recipes.ON_POLICY and recipe.onpolicy.start != "none"
     if stage == "cache":
         return settings.signal != "online" and settings.method == "kl"
     return stage != "export" or bool(recipe.export.formats)
@@ -124,8 +130,6 @@ def cache(recipe: Recipe | dict[str, Any], *, out: Path | str, say: Say = quiet)
 
 def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> Job:
     """The recipe, whole, with the teacher's checkpoint. UserError for what cannot be done."""
-    from accelerate import PartialState
-
     from ..checkpoint import Checkpoint, resolve
     from ..data import DEFAULT_DATA
     from ..plan import hub_name, teacher_config
@@ -141,7 +145,7 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
     shape = choose(parse_target(recipe.target), teacher.shape)
     positions = teacher.config.get("max_position_embeddings") or recipe.data.context
     sizes = {"teacher": teacher.shape, "student": shape, "max_positions": positions}
-    recipe = recipes.resolve(recipe, **sizes, processes=PartialState().num_processes)
+    recipe = recipes.resolve(recipe, **sizes, processes=processes())
     if recipe.data.source is None:
         say(f"data: {DEFAULT_DATA} (the default; choose another with --data)")
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": DEFAULT_DATA})})
@@ -152,6 +156,16 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
 def _check_method(settings: Distill) -> None:
     """Settings that do not go together are told before anything is computed."""
     online = settings.method == "kl" and settings.signal == "online"
+    if settings.method in recipes.ON_POLICY and settings.signal != "online":
+        raise UserError(
+            f"distill.method {settings.method} asks the teacher about answers that nobody knows beforehand and "
+            f"distill.signal is {settings.signal}; expected online; leave --signal out"
+        )
+    if settings.method in recipes.ON_POLICY and settings.select == "loss":
+        raise UserError(
+            f"distill.method {settings.method} lowers its loss even where its answers get worse and distill.select is "
+            "loss; expected rouge_l or auto; leave it out"
+        )
     if settings.hidden_loss in ("cosine", "mse") and not online:
         raise UserError(
             f"distill.hidden_loss {settings.hidden_loss} wants the teacher beside the student; expected method kl and "
@@ -195,16 +209,25 @@ def _assist(job: Job) -> dict[str, Any]:
     """
     started = time.monotonic()
     ready = next(name for name in ("answers", "cache", "surgery") if _wanted(name, job.recipe))
-    while job.run.done(ready) is None:
+    for name, stage in (("start", learning.start), ("distill", learning.distill_student)):
+        if not _wanted(name, job.recipe):
+            continue
+        _await(job, ready, started)
+        if job.run.done(name) is None:
+            stage(job)
+        ready = name
+    return {}
+
+
+def _await(job: Job, stage: str, started: float) -> None:
+    """Wait for the first process to finish a stage."""
+    while job.run.done(stage) is None:
         if not job.run.recipe.exists() and time.monotonic() - started > PATIENCE_SECONDS:
             raise UserError(
                 f"no {job.run.folder} after {PATIENCE_SECONDS // 60} minutes; expected a run folder that all processes "
                 "see; put --out on a shared disk"
             )
         time.sleep(0.5)
-    if job.run.done("distill") is None:
-        learning.distill_student(job)
-    return {}
 
 
 # --- small things -----------------------------------------------------------------------------------------------------

@@ -119,6 +119,18 @@ class Job:
                 self.learned_from, self.tokenizer, context=self.recipe.data.context, **sizes, **self.data
             )
 
+    def prompts(self, part: str, count: int) -> tuple[list[list[int]], list[str]]:
+        """`count` prompts of the data's part as token ids, or as many as there are, and what the data answer."""
+        from ..data import records, shuffled
+        from ..evaluate.generation import heldout_prompts
+        from ..runtime.prompts import ids_of
+
+        stream = records(self.source, part=part, **self.data)
+        stream = shuffled(stream, seed=self.recipe.seed) if part == "train" else stream
+        room = {"context": self.recipe.data.context, "max_new_tokens": self.recipe.distill.max_new_tokens}
+        prompts, references = heldout_prompts(stream, self.tokenizer, count=count, **room)
+        return [ids_of(prompt, self.tokenizer) for prompt in prompts], references
+
 
 def public_name(value: str | None) -> str | None:
     """A path on this machine becomes a name: what is written here may be published."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..progress import progress
+from ..recipe import ON_POLICY
 from ..run import RANK, staged
 from .job import Job, public_name
+
+if TYPE_CHECKING:
+    from ..recipe import Distill
+    from ..train import Judge, TrainResult
 
 DEEP_CUT = 1 / 3  # of the layers, from which on hidden states are matched: Minitron saw a gain at a half
 
@@ -79,24 +84,24 @@ def teacher_of(job: Job) -> Any:
     return teacher.load(job.teacher.folder)
 
 
-def _signal(job: Job) -> Any:
-    """What the recipe's method knows of the teacher."""
+def _signal(job: Job, settings: Distill) -> Any:
+    """What the method knows of the teacher."""
     from ..signals import Cached, Online
 
-    if job.recipe.distill.method in ("sft", "seqkd"):
+    if settings.method in ("sft", "seqkd"):
         return None
-    if job.recipe.distill.signal == "online":
+    if settings.signal == "online":
         return Online(teacher_of(job))
     return Cached(job.cache, job.cached_of)
 
 
-def _hidden(job: Job) -> Any:
+def _hidden(job: Job, settings: Distill) -> Any:
     """The loss on hidden states, where the recipe or a large cut in depth asks for it."""
     from ..losses import HiddenLoss, paper_pairs
     from ..scores import Scores
     from ..surgery import select
 
-    settings, teacher, student = job.recipe.distill, job.teacher.shape, job.shape
+    teacher, student = job.teacher.shape, job.shape
     measure = settings.hidden_loss
     if measure == "auto":
         deep = student.num_layers <= teacher.num_layers * (1 - DEEP_CUT)
@@ -108,32 +113,119 @@ def _hidden(job: Job) -> Any:
     return HiddenLoss(pairs, channels=kept.hidden, teacher_width=teacher.hidden, measure=measure)
 
 
+def start(job: Job) -> str:
+    """Train the pruned model a little before its own answers count, and keep its best checkpoint."""
+    options = job.recipe.onpolicy
+    tokens = int(options.start_share * job.recipe.distill.tokens)
+    asked = {"method": options.start, "tokens": tokens, "select": "loss", "divergence": "forward_kl"}
+    result = _distilled(job, job.run.pruned, job.recipe.distill.model_copy(update=asked), job.run.checkpoints / "start")
+    best = result.best_folder or job.run.pruned
+    job.facts = {"tokens": result.tokens, "status": result.status}
+    job.facts["best"] = str(best.relative_to(job.run.folder)) if best != job.run.pruned else job.run.pruned.name
+    return result.describe()
+
+
 def distill_student(job: Job) -> str:
-    """Train the pruned model to predict what the teacher predicts; the best checkpoint becomes the student."""
+    """Train the student by the recipe's method; the best checkpoint becomes the student."""
     from ..checkpoint import load_tokenizer
     from ..data import check_same_tokens
-    from ..distill import distill
 
-    tokenizer = job.tokenizer
-    check_same_tokens(tokenizer, load_tokenizer(job.run.pruned))
-    result = distill(
-        job.run.pruned,
-        signal=_signal(job),
-        batches=job.batches,
-        heldout=job.heldout,
-        settings=job.recipe.distill,
-        folder=job.run.checkpoints,
-        seed=job.recipe.seed,
-        vocab=job.vocab,
-        hidden=_hidden(job),
-        metrics=job.run.metrics,
-    )
+    check_same_tokens(job.tokenizer, load_tokenizer(job.run.pruned))
+    settings, folder = job.recipe.distill, job.run.checkpoints
+    if settings.method in ON_POLICY:
+        result = _on_policy(job, folder)
+    else:
+        result = _distilled(job, job.run.pruned, settings, folder, metrics=job.run.metrics, judge=_judge(job))
     if RANK == 0:
         _write_student(job, result.best_folder or job.run.pruned)
     # the training time of all sessions, where a kill came between
     seconds = {"seconds": round(result.seconds, 2)}
     job.facts = {"status": result.status, "summary": result.describe(), "tokens": result.tokens} | seconds
     return result.describe()
+
+
+def _distilled(job: Job, student: Path, settings: Distill, folder: Path, **options: Any) -> TrainResult:
+    """Offline distillation by the run's rows."""
+    from ..distill import distill
+
+    return distill(
+        student,
+        signal=_signal(job, settings),
+        batches=job.batches,
+        heldout=job.heldout,
+        settings=settings,
+        folder=folder,
+        seed=job.recipe.seed,
+        vocab=job.vocab,
+        hidden=_hidden(job, settings),
+        **options,
+    )
+
+
+def _on_policy(job: Job, folder: Path) -> TrainResult:
+    """MiniLLM or GKD, from where the start left the student."""
+    from .. import onpolicy
+    from ..distill import distillation_loss
+    from ..signals import Online
+
+    settings, options, student = job.recipe.distill, job.recipe.onpolicy, job.run.pruned
+    if options.start != "none":
+        student = job.run.folder / (job.run.done("start") or job.facts)["best"]
+        settings = settings.model_copy(update={"tokens": int((1 - options.start_share) * settings.tokens)})
+    prompts, references = job.prompts("train", settings.prompts)
+    lengths = [len(ids) for ids in job.tokenizer(references, add_special_tokens=False)["input_ids"]]
+    teacher = teacher_of(job)
+    signal = Online(teacher)
+    kl = settings.model_copy(update={"divergence": "forward_kl"})
+    if settings.method == "minillm":
+        tricks = onpolicy.tricks_of(options)
+        own = onpolicy.minillm_objective(signal, tricks, job.vocab, settings.chunk_tokens)
+        fixed = distillation_loss(None, settings=settings, vocab=job.vocab)
+        if options.variant == "reference":  # the authors' code holds it to the teacher there, too
+            both = kl.model_copy(update={"ce_weight": 0.5, "temperature": 1.0})
+            fixed = distillation_loss(signal, settings=both, vocab=job.vocab)
+    else:
+        tricks, own = None, distillation_loss(signal, settings=settings, vocab=job.vocab)
+        fixed = own
+    heldout = distillation_loss(signal, settings=kl, vocab=job.vocab)
+    return onpolicy.distill(
+        student,
+        teacher=teacher,
+        losses=onpolicy.Losses(own, fixed, heldout),
+        tricks=tricks,
+        prompts=prompts,
+        answer_tokens=sum(min(length, settings.max_new_tokens) for length in lengths) / len(lengths),
+        tokenizer=job.tokenizer,
+        batches=job.batches,
+        heldout=job.heldout,
+        settings=settings,
+        options=options,
+        folder=folder,
+        judge=_judge(job),
+        seed=job.recipe.seed,
+        vocab=job.vocab,
+        metrics=job.run.metrics,
+    )
+
+
+def _judge(job: Job) -> Judge | None:
+    """How the student's writing is judged while it is trained, where that chooses the checkpoint."""
+    from ..evaluate.generation import collapsed, writing
+    from ..runtime import TorchRuntime
+    from ..train import Judge
+
+    settings = job.recipe.distill
+    if settings.select == "loss" or (settings.select == "auto" and settings.method not in ON_POLICY):
+        return None
+    prompts, references = job.prompts("heldout", settings.judged_prompts)
+
+    def measure(student: Any) -> dict[str, float]:
+        runtime = TorchRuntime.around(student, job.tokenizer, batch_size=job.recipe.onpolicy.sample_rows)
+        return writing(runtime, prompts, references, max_new_tokens=settings.max_new_tokens)
+
+    return Judge(
+        measure, lambda line: collapsed(repetition=line["repetition"], length_drift=line["length_drift"]), "rouge_l"
+    )
 
 
 def _write_student(job: Job, best: Path) -> None:

@@ -9,7 +9,7 @@ from ..errors import CheckFailed, UserError
 from ..progress import progress
 from ..run import Run, staged, write_json
 from .job import Job, public_name
-from .learning import answers, cache, distill_student
+from .learning import answers, cache, distill_student, start
 from .subject import Subject, suites_of
 
 if TYPE_CHECKING:
@@ -178,6 +178,7 @@ STAGES: dict[str, Callable[[Job], str]] = {
     "surgery": surgery,
     "answers": answers,
     "cache": cache,
+    "start": start,
     "distill": distill_student,
     "evaluate": evaluate_all,
     "export": export_all,

@@ -35,22 +35,33 @@ class TorchRuntime(Speaker):
         from .. import checkpoint
 
         self.folder = Path(folder)
-        self.batch_size = batch_size
         self.nbytes = (self.folder / gguf_file).stat().st_size if gguf_file else weight_bytes(self.folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if dtype is None and device == "cpu" and self.nbytes <= FLOAT32_LIMIT_BYTES:
             dtype = torch.float32
-        self.tokenizer = checkpoint.load_tokenizer(self.folder)
+        tokenizer = checkpoint.load_tokenizer(self.folder)
         if gguf_file:
-            self.model: Any = checkpoint.load_gguf(self.folder, gguf_file, device=device)
+            model: Any = checkpoint.load_gguf(self.folder, gguf_file, device=device)
         else:
-            self.model = checkpoint.load_model(self.folder, dtype=dtype, device=device)
-        self.parameters: int = self.model.num_parameters()  # which counts packed weights, not bytes
-        self.kv_bytes_per_value: int = self.model.dtype.itemsize
-        self.memory_bytes: int = self.model.get_memory_footprint()
+            model = checkpoint.load_model(self.folder, dtype=dtype, device=device)
+        self._hold(model, tokenizer, batch_size)
+
+    @classmethod
+    def around(cls, model: Any, tokenizer: Any, *, batch_size: int = 64) -> "TorchRuntime":
+        """Of a model that is in memory already, in eval mode; there is no folder to it."""
+        runtime = cls.__new__(cls)
+        runtime.folder, runtime.nbytes = Path(), 0
+        runtime._hold(model, tokenizer, batch_size)
+        return runtime
+
+    def _hold(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.parameters: int = model.num_parameters()  # which counts packed weights, not bytes
+        self.kv_bytes_per_value: int = model.dtype.itemsize
+        self.memory_bytes: int = model.get_memory_footprint()
         self.every_logit = False
-        self.context = getattr(self.model.config, "max_position_embeddings", None) or 2**31
-        self.stops = stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)
+        self.context = getattr(model.config, "max_position_embeddings", None) or 2**31
+        self.stops = stop_ids(model.generation_config.eos_token_id, tokenizer)
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor) -> torch.Tensor:

@@ -5,17 +5,19 @@ divides by the targets of the whole step: all micro-batches, all ranks. `loop` i
 Trainer, `metrics` what is written and shown.
 """
 
-from .loop import TrainResult, check, num_steps, train
-from .trainer import LossFunction, LossSum, Objective, Trainer, last_checkpoint
+from .loop import TrainResult, check, mean_length, train
+from .trainer import Judge, LossFunction, LossSum, Objective, Supply, Trainer, last_checkpoint
 
 __all__ = [
+    "Judge",
     "LossFunction",
     "LossSum",
     "Objective",
+    "Supply",
     "TrainResult",
     "Trainer",
     "check",
     "last_checkpoint",
-    "num_steps",
+    "mean_length",
     "train",
 ]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -22,23 +21,26 @@ from transformers.utils import logging as hf_logging
 from ..data import Batch, real_tokens, targets
 from ..errors import UserError
 from ..progress import progress
+from ..run import processes
 from .metrics import Progress, metric_lines
-from .trainer import LossFunction, NotFiniteError, Trainer, checkpoint_step, last_checkpoint
+from .trainer import Judge, LossFunction, NotFiniteError, Supply, Trainer, checkpoint_step, last_checkpoint
 
 
 @dataclass(frozen=True)
 class TrainResult:
     """How training went. Losses are per target; `best_folder` is None when no checkpoint beats the start."""
 
-    status: str  # "ok", "worse" (the end is worse than the start) or "not_finite"
+    status: str  # "ok", "worse" (see `_result`), "not_finite" or "collapsed" (its writing has run away)
     first_heldout: float
     last_heldout: float
-    best_heldout: float
+    best_heldout: float  # of the best checkpoint, or of the start where none beats it
     best_folder: Path | None
     steps: int
     tokens: int  # non-padding input tokens the student was trained on
     seconds: float  # of all sessions
     history: list[dict[str, float]]  # the lines of metrics.jsonl
+    chosen_by: str | None = None  # the figure of Judge that chose, instead of the held-out loss
+    collapse: str | None = None  # in words
 
     def describe(self) -> str:
         """One line for a summary or an error."""
@@ -46,6 +48,11 @@ class TrainResult:
         if self.status == "not_finite":
             return f"loss not finite after {self.steps} steps; expected a finite one; {kept}; lower distill.lr"
         change = f"held-out loss {self.first_heldout:.4f} -> {self.last_heldout:.4f} in {self.steps} steps"
+        if self.chosen_by is not None:
+            found = [line[self.chosen_by] for line in self.history if self.chosen_by in line]
+            change += f", {self.chosen_by} {found[0]:.4f} -> {found[-1]:.4f} (best {max(found):.4f})"
+        if self.status == "collapsed":
+            return f"{change}: its writing has run away ({self.collapse}); {kept}; lower the learning rate"
         if self.status == "worse":
             return f"{change}: worse than before distillation; {kept}; lower distill.lr or raise distill.tokens"
         return f"{change}; {kept}"
@@ -62,6 +69,9 @@ def train(
     metrics: Path | None = None,
     seed: int = 0,
     beside: nn.Module | None = None,
+    supply: Supply | None = None,
+    judge: Judge | None = None,
+    row_tokens: float | None = None,
 ) -> TrainResult:
     """Train `model` (its weights are made float32) and return how it went; run again after a kill, it continues.
 
@@ -72,11 +82,14 @@ def train(
     heldout_ce to `metrics` (default folder/metrics.jsonl). The held-out loss is taken before the first
     step, every `eval_every` steps and at the end; the best checkpoint and the last are kept. On CPU a
     resumed run ends in the same bits. `beside` holds parameters that the loss trains with the student's and that no
-    student is saved with. Raises UserError for settings that do not fit together, empty data and a full disk.
+    student is saved with; `supply` makes batches of the student's own answers; `judge` chooses the best checkpoint
+    instead of the held-out loss, and ends training where the student's writing has run away; `row_tokens` is the mean
+    length of a row where `batches` do not tell it.
+    Raises UserError for settings that do not fit together, empty data and a full disk.
     """
-    steps = check(batches=batches, heldout=heldout, settings=settings)
+    steps = check(batches=batches, heldout=heldout, settings=settings, row_tokens=row_tokens)
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = _arguments(settings, steps=steps, folder=folder, seed=seed)
+    arguments = _arguments(settings, steps=steps, folder=folder, seed=seed, best=judge.best if judge else "loss")
     if arguments.should_save:
         for leftover in [*folder.glob(".checkpoint-*.part"), *folder.glob(".checkpoint-*.old")]:
             shutil.rmtree(leftover)
@@ -95,10 +108,14 @@ def train(
             heldout=heldout,
             metrics=metrics or folder / "metrics.jsonl",
             callbacks=[board, Progress(advance)],
+            supply=supply,
+            judge=judge,
         )
-        if last is not None and checkpoint_step(last) >= steps:
-            trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
-            return _result("ok", trainer.state, folder)
+        if last is not None:
+            state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+            ended = judge is not None and judge.stopped(metric_lines(state.log_history)) is not None
+            if ended or checkpoint_step(last) >= steps:
+                return _result("ok", state, folder, judge)
         trainer.args.eval_on_start = last is None
         status = "ok"
         try:
@@ -108,51 +125,71 @@ def train(
         finally:
             if board.tb_writer is not None:
                 board.tb_writer.close()
-        return _result(status, trainer.state, folder)
+        return _result(status, trainer.state, folder, judge)
 
 
-def _result(status: str, state: TrainerState, folder: Path) -> TrainResult:
+def _result(status: str, state: TrainerState, folder: Path, judge: Judge | None) -> TrainResult:
+    """Worse: the held-out loss ended above where it began; with a judge, no checkpoint was better than the start."""
     history = metric_lines(state.log_history)
-    losses = [line["heldout_loss"] for line in history if "heldout_loss" in line]
-    best_step = state.best_global_step
+    losses = {int(line["step"]): line["heldout_loss"] for line in history if "heldout_loss" in line}
+    first, *_, last = [*losses.values(), *losses.values()]
+    best_step = state.best_global_step or 0
+    collapse = judge.stopped(history) if judge else None
+    if status == "ok":
+        worse = last > first if judge is None else not best_step
+        status = "collapsed" if collapse else "worse" if worse else "ok"
     return TrainResult(
-        status="worse" if status == "ok" and losses[-1] > losses[0] else status,
-        first_heldout=losses[0],
-        last_heldout=losses[-1],
-        best_heldout=min(filter(math.isfinite, losses), default=math.nan),
+        status=status,
+        first_heldout=first,
+        last_heldout=last,
+        best_heldout=losses.get(best_step, first),
         best_folder=folder / f"checkpoint-{best_step}" if best_step else None,
         steps=state.global_step,
         tokens=state.num_input_tokens_seen,
         seconds=history[-1]["seconds"],
         history=history,
+        chosen_by=judge.best if judge else None,
+        collapse=collapse,
     )
 
 
-def check(*, batches: torch.utils.data.IterableDataset, heldout: Sequence[Batch], settings: Any) -> int:
+def check(
+    *,
+    batches: torch.utils.data.IterableDataset,
+    heldout: Sequence[Batch],
+    settings: Any,
+    row_tokens: float | None = None,
+) -> int:
     """The number of optimizer steps that `train` would take with the same arguments, on as many processes as now.
 
     Raises UserError for settings that do not fit together, and for data without rows or without a target.
     """
-    processes = PartialState().num_processes
+    world = processes()
     if not any(bool(targets(batch).any()) for batch in heldout):
         raise UserError("the held-out data has no target token; expected at least one; use more data")
-    if len(heldout) < processes:
+    if len(heldout) < world:
         raise UserError(
-            f"there are {len(heldout)} held-out batches for {processes} processes; expected one each; "
+            f"there are {len(heldout)} held-out batches for {world} processes; expected one each; "
             "raise distill.heldout_rows or lower distill.micro_batch"
         )
     if settings.min_lr > settings.lr:
         raise UserError(
             f"distill.min_lr is {settings.min_lr}; expected at most distill.lr, {settings.lr}; lower distill.min_lr"
         )
-    per_step = settings.micro_batch * processes
+    per_step = settings.micro_batch * world
     if settings.batch % per_step:
         raise UserError(
-            f"distill.batch is {settings.batch} rows, and {processes} process(es) take "
+            f"distill.batch is {settings.batch} rows, and {world} process(es) take "
             f"{settings.micro_batch} each at a time; expected a multiple of {per_step}; "
             "change distill.batch or distill.micro_batch"
         )
-    steps = num_steps(batches, tokens=settings.tokens, batch=settings.batch)
+    row_tokens = row_tokens or mean_length(batches)
+    steps = int(round(settings.tokens / (row_tokens * settings.batch), 6))
+    if not steps:
+        raise UserError(
+            f"distill.tokens is {settings.tokens}, but one step takes about {row_tokens * settings.batch:.0f} "
+            f"({settings.batch} rows); expected at least one step; raise distill.tokens or lower distill.batch"
+        )
     if settings.warmup_steps >= steps:
         raise UserError(
             f"distill.tokens pays for {steps} steps and distill.warmup_steps is {settings.warmup_steps}; "
@@ -161,11 +198,8 @@ def check(*, batches: torch.utils.data.IterableDataset, heldout: Sequence[Batch]
     return steps
 
 
-def num_steps(rows: torch.utils.data.IterableDataset, *, tokens: int, batch: int) -> int:
-    """Optimizer steps of `batch` rows that `tokens` pay for, going by the mean length of the first rows.
-
-    Raises UserError when there are no rows and when the tokens do not pay for one step.
-    """
+def mean_length(rows: torch.utils.data.IterableDataset) -> float:
+    """Mean tokens of the first rows. Raises UserError where there are none."""
     seen = lengths = 0
     for row in islice(rows, 1024):
         seen, lengths = seen + 1, lengths + real_tokens(row)
@@ -173,16 +207,10 @@ def num_steps(rows: torch.utils.data.IterableDataset, *, tokens: int, batch: int
             break
     if not lengths:
         raise UserError("the training data is empty; expected at least one row; check --data")
-    steps = int(tokens * seen / (lengths * batch))
-    if not steps:
-        raise UserError(
-            f"distill.tokens is {tokens}, but one step takes about {lengths * batch // seen} ({batch} rows); "
-            "expected at least one step; raise distill.tokens or lower distill.batch"
-        )
-    return steps
+    return lengths / seen
 
 
-def _arguments(settings: Any, *, steps: int, folder: Path, seed: int) -> TrainingArguments:
+def _arguments(settings: Any, *, steps: int, folder: Path, seed: int, best: str) -> TrainingArguments:
     """The Trainer's arguments for settings that `check` has passed."""
     every = math.gcd(settings.eval_every, settings.save_every)
     arguments = TrainingArguments(
@@ -205,8 +233,8 @@ def _arguments(settings: Any, *, steps: int, folder: Path, seed: int) -> Trainin
         eval_strategy="steps",
         eval_steps=settings.eval_every,
         save_steps=settings.save_every,
-        metric_for_best_model="loss",
-        greater_is_better=False,
+        metric_for_best_model=best,
+        greater_is_better=best != "loss",
         seed=seed,
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         remove_unused_columns=False,

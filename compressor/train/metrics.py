@@ -20,6 +20,11 @@ NAMES = {
     "eval_loss": "heldout_loss",
     "eval_kl": "heldout_kl",
     "eval_ce": "heldout_ce",
+    "eval_rouge_l": "rouge_l",
+    "eval_repetition": "repetition",
+    "eval_length_drift": "length_drift",
+    "answer_length": "answer_length",
+    "answer_reward": "answer_reward",
 }
 
 

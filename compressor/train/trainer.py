@@ -12,10 +12,10 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import transformers
@@ -41,6 +41,42 @@ class LossSum(NamedTuple):
 
 
 LossFunction = Callable[[nn.Module, Batch], LossSum]
+
+
+class Supply(Protocol):
+    """Makes the micro-batches of a step out of those of the data, just before it: answers of the student as it is."""
+
+    def of_step(
+        self, student: nn.Module, step: int, batches: list[Batch], over_ranks: Callable[[Sequence[float]], list[float]]
+    ) -> list[Batch]:
+        """As many micro-batches as came; `over_ranks` sums figures over all ranks."""
+        ...
+
+    def notes(self) -> dict[str, float]:
+        """What is worth a place in the log."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Keep in a checkpoint what the next step needs; every rank calls it."""
+        ...
+
+    def load(self, folder: Path, *, step: int) -> None:
+        """Read what was saved after `step` steps."""
+        ...
+
+
+class Judge(NamedTuple):
+    """How a student's own writing is judged wherever its held-out loss is taken."""
+
+    measure: Callable[[nn.Module], dict[str, float]]
+    failed: Callable[[Mapping[str, float]], str | None]  # what was measured -> why it has run away, or None
+    best: str  # the figure by which the best checkpoint is chosen; more is better
+
+    def stopped(self, history: Sequence[Mapping[str, float]]) -> str | None:
+        """Why training has to end: the last judgement failed and an earlier one did not."""
+        judged = [line for line in history if self.best in line]
+        reason = self.failed(judged[-1]) if judged else None
+        return reason if any(self.failed(line) is None for line in judged) else None
 
 
 class NotFiniteError(RuntimeError):
@@ -86,6 +122,8 @@ class Trainer(transformers.Trainer):
         heldout: Sequence[Batch],
         metrics: Path,
         callbacks: Sequence[TrainerCallback],
+        supply: Supply | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.objective, self.student, self.heldout, self.metrics = (
             Objective(student, loss, beside),
@@ -93,6 +131,7 @@ class Trainer(transformers.Trainer):
             heldout,
             metrics,
         )
+        self.supply, self.judge = supply, judge
         super().__init__(
             self.objective,
             arguments,
@@ -130,6 +169,9 @@ class Trainer(transformers.Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if len(batches) < num_batches:
             raise UserError("the training data ended early; expected an endless stream of rows; repeat the data")
+        if self.supply is not None:
+            with self.accelerator.autocast():
+                batches = self.supply.of_step(self.student, self.state.global_step, batches, self._over_ranks)
         counts = [sum(int(targets(batch).sum()) for batch in batches), sum(map(real_tokens, batches))]
         num_targets, num_tokens = self._over_ranks(counts)
         self.state.num_input_tokens_seen += int(num_tokens)
@@ -172,13 +214,19 @@ class Trainer(transformers.Trainer):
         totals = dict(zip(sums, self._over_ranks(list(sums.values())), strict=True))
         num_targets = totals.pop("targets")
         metrics = {f"eval_{name}": total / num_targets for name, total in totals.items()}
+        if self.judge is not None:
+            found = self.judge.measure(self.student)
+            means = [total / self.args.world_size for total in self._over_ranks(list(found.values()))]  # all agree
+            metrics |= {f"eval_{name}": mean for name, mean in zip(found, means, strict=True)}
         self.log(dict(metrics))
         self._last_log += time.perf_counter() - begun  # speed is that of training
         if not math.isfinite(metrics["eval_loss"]):
             raise NotFiniteError(f"held-out loss {metrics['eval_loss']} at step {self.state.global_step}")
         if self.state.global_step == 0:
-            self.state.best_metric = metrics["eval_loss"]  # what a checkpoint has to beat
+            self.state.best_metric = metrics[f"eval_{self.args.metric_for_best_model}"]  # what a checkpoint has to beat
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.judge is not None and self.judge.stopped(metric_lines(self.state.log_history)):
+            self.control.should_training_stop = True
         # Whatever is judged is kept, so that the best one can be.
         self.control.should_save = self.state.global_step > 0
         return metrics
@@ -190,6 +238,7 @@ class Trainer(transformers.Trainer):
         if "loss" in logs:
             logs["tokens_per_second"] = (tokens - self._last_tokens) / max(now - self._last_log, 1e-9)
             self._last_log, self._last_tokens = now, tokens
+            logs |= self.supply.notes() if self.supply is not None else {}
         super().log(logs, start_time)
         if self.is_world_process_zero():
             with self.metrics.open("a", encoding="utf-8") as file:
@@ -226,6 +275,9 @@ class Trainer(transformers.Trainer):
             self._save_optimizer_and_scheduler(place[0])
             self._save_scaler(place[0])
             self._save_rng_state(place[0])
+            if self.supply is not None:
+                (Path(place[0]) / BESIDE).mkdir(exist_ok=True)
+                self.supply.save(Path(place[0]) / BESIDE)
             if self.args.should_save:
                 self.state.save_to_json(str(Path(place[0]) / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()
@@ -246,7 +298,7 @@ class Trainer(transformers.Trainer):
             if self.objective.beside is not None:
                 beside = {name.removeprefix("beside."): found[name] for name in found if name.startswith("beside.")}
                 folder = Path(str(output_dir)) / BESIDE
-                folder.mkdir()
+                folder.mkdir(exist_ok=True)
                 save_file(beside or self.objective.beside.state_dict(), folder / "model.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -260,6 +312,9 @@ class Trainer(transformers.Trainer):
         if self.objective.beside is not None:
             folder = Path(resume_from_checkpoint) / BESIDE
             self.objective.beside.load_state_dict(load_file(folder / "model.safetensors"))
+        if self.supply is not None:
+            step = checkpoint_step(Path(resume_from_checkpoint))
+            self.supply.load(Path(resume_from_checkpoint) / BESIDE, step=step)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
