@@ -54,7 +54,11 @@ class Cached:
             return Dense(self._column("hidden", batch, counted_BT), self._head)
         ids_NK = self._column("ids", batch, counted_BT).long()
         if self.index["about"]["kind"] == "topk":
-            return TopK(ids_NK, self._column("log_p", batch, counted_BT))
+            log_p_NK, log_tail_N = self._column("log_p", batch, counted_BT), self._column("log_tail", batch, counted_BT)
+            if self.index["about"]["keep"] >= self.index["about"]["vocab"]:
+                return TopK(ids_NK, log_p_NK, log_tail_N)  # nothing is left to draw from
+            drawn_NM = self._column("drawn", batch, counted_BT).long()
+            return TopK(ids_NK, log_p_NK, log_tail_N, drawn_NM, self._column("drawn_log_p", batch, counted_BT))
         weights_NK = torch.full(ids_NK.shape, 1 / ids_NK.shape[1], device=device)
         return Sampled(ids_NK, weights_NK, self._column("entropy", batch, counted_BT))
 
