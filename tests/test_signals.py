@@ -16,7 +16,10 @@ from compressor.data import collate, targets
 from compressor.distill import distillation_loss
 from compressor.errors import UserError
 from compressor.losses import Dense, Sampled, TopK
-from compressor.signals import Cached, Online, build, head_weight, predicting
+from compressor.run import alone
+from compressor.signals import Cached, Online, build, bytes_per_target, head_weight, predicting
+from compressor.signals.cache import SHARD_TARGETS
+from compressor.signals.cached import OPEN_SHARDS
 from compressor.teacher import load
 
 IDS = 259
@@ -121,11 +124,27 @@ def test_bytes_a_token_are_what_lies_on_the_disk(teacher, tmp_path):
     sizes = sum(file.stat().st_size for file in (tmp_path / "cache").glob("0*.safetensors"))
     assert cached.bytes_per_token == sizes / count
     kept = 8 * (2 + 2) + 4 + 32 * 2 + 4  # ids of 16 bits in float16, the tail, 32 draws of it and their logarithm
+    assert kept == bytes_per_target("topk", keep=8, vocab=IDS, width=72, value=4)
     assert kept < cached.bytes_per_token < kept + 16  # and the rows' keys
 
 
+def test_of_many_shards_few_are_open_and_a_whole_cache_needs_no_lock(teacher, batch, tmp_path, monkeypatch):
+    one = made(tmp_path / "one", teacher, keep=4)
+    monkeypatch.setitem(SHARD_TARGETS, "topk", 1)
+    cached = made(tmp_path / "many", teacher, keep=4, batch_size=1)
+    assert len(cached.index["shards"]) == ROWS > OPEN_SHARDS
+    for row in range(ROWS):
+        cached(collate(rows()[row : row + 1]), targets(collate(rows()[row : row + 1])))
+    assert cached._shard.cache_info().currsize == OPEN_SHARDS
+    found, expected = (signal(batch, targets(batch)) for signal in (cached, one))
+    assert torch.equal(found.ids_NK, expected.ids_NK)
+    torch.testing.assert_close(found.log_tail_N, expected.log_tail_N)
+    with alone(tmp_path / "many"):  # as another run that reads it might
+        assert made(tmp_path / "many", teacher, keep=4).index == cached.index
+
+
 def test_a_cache_that_was_killed_ends_in_the_same_bits(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("compressor.signals.cache.SHARD_BATCHES", 2)
+    monkeypatch.setitem(SHARD_TARGETS, "sampled", 40)
     made(tmp_path / "whole", teacher, "sampled", keep=4)
     loads: list[bool] = []
     for stop in (1, 9, 17, 21):
@@ -153,7 +172,7 @@ def test_a_real_kill_between_any_two_writes_is_mended(tmp_path):
     script = f"""
 import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
 import compressor.signals.cache as cache
-cache.SHARD_BATCHES = 1
+cache.SHARD_TARGETS["topk"] = 1
 from test_signals import about, rows, tiny_model
 from compressor.signals import build
 from pathlib import Path
@@ -199,7 +218,7 @@ def test_what_is_no_cache_and_rows_it_does_not_hold_are_refused(teacher, tmp_pat
     with pytest.raises(UserError, match=r"holds no cache; expected its index\.json; build one"):
         Cached(tmp_path, about())
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and holds no cache; expected a new folder"):
+    with pytest.raises(UserError, match=r"is not empty and has no index\.json; expected a new folder"):
         made(tmp_path, teacher)
     cached = made(tmp_path / "cache", teacher)
     strange = collate(rows(2, seed=77))
