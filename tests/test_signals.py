@@ -228,6 +228,14 @@ def test_what_is_no_cache_and_rows_it_does_not_hold_are_refused(teacher, tmp_pat
     assert index["about"] == about()
 
 
+def test_a_disk_without_room_is_told_before_the_teacher_is_loaded(tmp_path):
+    def never():
+        raise AssertionError("the teacher was loaded")
+
+    with pytest.raises(UserError, match=r"cannot write .*GB free; expected"):
+        build(tmp_path / "cache", never, rows(), about=about(), batch_size=4, expected=2**60)
+
+
 def test_dense_rows_are_those_of_the_teacher(teacher, batch):
     found = Online(teacher)(batch, targets(batch))
     assert isinstance(found, Dense)

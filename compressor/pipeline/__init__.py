@@ -40,6 +40,7 @@ def plan(recipe: Recipe | dict[str, Any]) -> Plan:
 
     recipe = _checked(recipe)
     _check_exports(recipe)
+    _check_method(recipe.distill)
     return plan(recipe)
 
 
@@ -60,10 +61,11 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     if RANK:
         return _assist(job)
     with run.locked():
-        # what cannot be trained is told before anything is computed; the teacher's answers are not there yet
-        if run.done("distill") is None and not _wanted("answers", recipe):
-            check(batches=job.batches, heldout=job.heldout, settings=recipe.distill)
-            _check_ids(job)
+        # what cannot be trained is told before anything is computed; where answers are to come, by the data they answer
+        if run.done("distill") is None:
+            read = job.before_answers() if run.done("answers") is None else job
+            check(batches=read.batches, heldout=read.heldout, settings=recipe.distill)
+            _check_ids(read)
         _open(run, recipe, job.teacher)
         fresh = False
         for name, stage in STAGES.items():
@@ -110,14 +112,14 @@ def cache(recipe: Recipe | dict[str, Any], *, out: Path | str, say: Say = quiet)
     "bytes_per_token"}. Raises UserError for a recipe that keeps nothing, and for a folder that holds something else.
     """
     recipe = _checked(recipe)
-    distill = recipe.distill.model_copy(update={"cache": str(out)})
-    job = _job(recipe.model_copy(update={"distill": distill}), out, say)
-    if not _wanted("cache", job.recipe):
-        asked = job.recipe.distill
+    if not _wanted("cache", recipe):
+        asked = recipe.distill
         raise UserError(
             f"distill.signal is {asked.signal} and distill.method {asked.method}; expected kl by topk, sampled or "
             "hidden; give --signal"
         )
+    distill = recipe.distill.model_copy(update={"cache": str(out)})
+    job = _job(recipe.model_copy(update={"distill": distill}), out, say)
     say(f"cache       {learning.cache(job)}")
     return job.facts
 
@@ -142,6 +144,11 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
     positions = teacher.config.get("max_position_embeddings") or recipe.data.context
     sizes = {"teacher": teacher.shape, "student": shape, "max_positions": positions}
     recipe = recipes.resolve(recipe, **sizes, processes=PartialState().num_processes)
+    if recipe.distill.method == "seqkd" and recipe.distill.max_new_tokens >= recipe.data.context:
+        raise UserError(
+            f"distill.max_new_tokens is {recipe.distill.max_new_tokens} and data.context {recipe.data.context}; "
+            "expected room for a prompt; lower distill.max_new_tokens"
+        )
     if recipe.data.source is None:
         say(f"data: {DEFAULT_DATA} (the default; choose another with --data)")
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": DEFAULT_DATA})})
@@ -150,7 +157,28 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
 
 
 def _check_method(settings: Distill) -> None:
-    """Settings that do not go together are told before anything is computed."""
+    """Settings that do not go together, and those that would have no part, are told before anything is computed."""
+    from ..losses import DIVERGENCES
+    from ..recipe import Distill
+
+    kl, labels = settings.method == "kl", settings.method in ("sft", "seqkd")
+    cached = kl and settings.signal != "online"
+    no_part = {
+        "divergence": labels,
+        "signal": labels,
+        "cache": labels or not cached,
+        "keep": labels or (kl and settings.signal in ("online", "hidden")),
+        "mix": labels or (kl and DIVERGENCES[settings.divergence].mix is None),
+        "prompts": settings.method in ("kl", "sft"),
+        "sampling_temperature": settings.method in ("kl", "sft"),
+    }
+    for key, unused in no_part.items():
+        # by value: a resolved recipe names every key
+        if unused and (value := getattr(settings, key)) != Distill.model_fields[key].default:
+            raise UserError(
+                f"distill.{key} is {value}, but has no part in distill.method {settings.method} with signal "
+                f"{settings.signal} and divergence {settings.divergence}; expected it unset; leave it out"
+            )
     online = settings.method == "kl" and settings.signal == "online"
     if settings.hidden_loss in ("cosine", "mse") and not online:
         raise UserError(

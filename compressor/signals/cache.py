@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..checkpoint import require_space
 from ..data import Batch, collate, targets
 from ..run import aside, build_shards
 from .online import check_head, head_weight, predicting
@@ -68,16 +69,19 @@ def build(
     *,
     about: dict[str, Any],
     batch_size: int,
+    expected: int = 0,
     progress: Say = lambda rows: None,
 ) -> dict[str, Any]:
     """Write what `teacher` says of `rows` and return the index; go on where an earlier build was ended.
 
-    about: a `fingerprint`. progress is handed the rows of each batch. No teacher is loaded where nothing is missing.
-    Raises UserError for a folder that holds another cache or is being written to, and for a full disk.
+    about: a `fingerprint`. expected: bytes it will take, about; there has to be as much room. progress is handed the rows
+    of each batch. No teacher is loaded where nothing is missing, and no lock is taken of a cache that is complete.
+    Raises UserError for a folder that holds another cache or is being written to, and for a disk without room.
     """
 
     @once
     def model() -> nn.Module:
+        require_space(folder, expected - sum(file.stat().st_size for file in folder.glob("*.safetensors")))
         return _loaded(folder, teacher, about)
 
     def write(number: int, group: list[list[Any]]) -> dict[str, Any]:
