@@ -74,8 +74,8 @@ def build(
 ) -> dict[str, Any]:
     """Write what `teacher` says of `rows` and return the index; go on where an earlier build was ended.
 
-    about: a `fingerprint`. expected: bytes it will take, about; there has to be as much room. progress is handed the rows
-    of each batch. No teacher is loaded where nothing is missing, and no lock is taken of a cache that is complete.
+    about: a `fingerprint`. expected: bytes it will take, about; there has to be as much room. progress is handed the
+    rows of each batch. No teacher is loaded where nothing is missing, and no lock is taken of a cache that is complete.
     Raises UserError for a folder that holds another cache or is being written to, and for a disk without room.
     """
 
