@@ -13,18 +13,26 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .data.repetition import repetition
 from .errors import UserError
-from .run import alone, check_about, read_json, write_json, write_text
+from .run import build_shards, write_text
 from .runtime import Runtime
 from .runtime.prompts import Prompt, asked, ids_of
 
-INDEX, DATA = "index.json", "data"
+DATA = "data"
 SHARD_PROMPTS = 256
 MOST_REPETITION = 0.3  # of 4-grams: good answers repeat a few percent, one that loops nearly all
 DRAWS = 20  # records looked at for each prompt wanted: many may repeat one that was seen, or be too long
+
+
+class Asked(NamedTuple):
+    """A prompt and its ids, and whether it is the beginning of a text, which goes on and has no end of its own."""
+
+    prompt: Prompt
+    ids: list[int]
+    goes_on: bool
 
 
 def generate(
@@ -44,33 +52,31 @@ def generate(
     """Have the teacher answer `count` different prompts of `records`, or as many as there are, and return the index.
 
     about: what the answers depend on besides; with the settings here it is kept in the index, and a folder made of
-    something else is refused. Left out: answers that are empty, that were cut at `max_new_tokens` (of chats; a text has
-    no end of its own), and that loop. temperature 0 is greedy. A build that was ended goes on, to the same bits.
+    something else is refused. Left out: answers that are empty, that were cut at `max_new_tokens` (a text alone
+    has no end of its own), and that loop. temperature 0 is greedy. A build that was ended goes on, to the same bits.
     Raises UserError for a folder that holds something else, and where nothing is left to learn from.
     """
     about = about | {"count": count, "context": context, "max_new_tokens": max_new_tokens}
     about |= {"temperature": temperature, "seed": seed}
-    with alone(folder):
-        index = _begun(folder, about)
-        prompts = _prompts(records, tokenizer, count=count, context=context, max_new_tokens=max_new_tokens)
-        for shard in index["shards"]:
-            progress(len(list(islice(prompts, shard["prompts"]))))
-        runtime: Runtime | None = None
-        while not index["complete"] and (group := list(islice(prompts, SHARD_PROMPTS))):
-            runtime = runtime or teacher()
-            drawn = seed + 1_000_003 * len(index["shards"])
-            sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": drawn}
-            answers = runtime.answers([ids for _, ids in group], **sampling)
-            found = [_judged(*pair, tokenizer, most=max_new_tokens) for pair in zip(group, answers, strict=True)]
-            kept = [record for record, _ in found if record is not None]
-            name = f"{len(index['shards']):05d}.jsonl"
-            write_text(folder / DATA / name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
-            outcomes = dict(Counter(outcome for _, outcome in found))
-            index["shards"].append({"name": name, "prompts": len(group), "outcomes": outcomes})
-            write_json(folder / INDEX, index)
-            progress(len(group))
-        index["complete"] = True
-        write_json(folder / INDEX, index)
+    runtime: Runtime | None = None
+
+    def write(number: int, group: list[Asked]) -> dict[str, Any]:
+        nonlocal runtime
+        runtime = runtime or teacher()
+        sampling: dict[str, Any] = {"temperature": temperature, "seed": seed + 1_000_003 * number}
+        found = runtime.answers([one.ids for one in group], max_new_tokens=max_new_tokens, **sampling)
+        ends = {*runtime.stops, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        pairs = zip(group, found, strict=True)
+        judged = [_judged(one, answer, tokenizer, ends=ends, most=max_new_tokens) for one, answer in pairs]
+        name = f"{number:05d}.jsonl"
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record, _ in judged if record is not None]
+        write_text(folder / DATA / name, "".join(lines))
+        progress(len(group))
+        return {"name": name, "prompts": len(group), "outcomes": dict(Counter(outcome for _, outcome in judged))}
+
+    prompts = _prompts(records, tokenizer, count=count, context=context, max_new_tokens=max_new_tokens)
+    groups = iter(lambda: list(islice(prompts, SHARD_PROMPTS)), [])
+    index = build_shards(folder, about, groups, write, passed=lambda group: progress(len(group)))
     if not outcome_counts(index)["kept"]:
         raise UserError(
             f"the teacher's answers in {folder} leave nothing to learn from ({dict(outcome_counts(index))}); expected "
@@ -87,19 +93,10 @@ def outcome_counts(index: dict[str, Any]) -> Counter[str]:
     return total
 
 
-def _begun(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
-    (folder / DATA).mkdir(parents=True, exist_ok=True)
-    if not (folder / INDEX).is_file():
-        return {"about": about, "shards": [], "complete": False}
-    index = read_json(folder / INDEX)
-    check_about(folder, index, about)
-    return index
-
-
 def _prompts(
     records: Iterable[dict[str, Any]], tokenizer: Any, *, count: int, context: int, max_new_tokens: int
-) -> Iterator[tuple[Prompt, list[int]]]:
-    """Different prompts that leave an answer room, with their ids."""
+) -> Iterator[Asked]:
+    """Different prompts that leave an answer room."""
     seen: set[bytes] = set()
     room = context - max_new_tokens
     for record in islice(records, DRAWS * count):
@@ -115,23 +112,26 @@ def _prompts(
         key = hashlib.sha256(json.dumps(ids).encode()).digest()
         if 0 < len(ids) <= room and key not in seen:
             seen.add(key)
-            yield prompt, ids
+            yield Asked(prompt, ids, "text" in record)
         if len(seen) == count:
             return
 
 
 def _judged(
-    one: tuple[Prompt, list[int]], answer: list[int], tokenizer: Any, *, most: int
+    one: Asked, answer: list[int], tokenizer: Any, *, ends: set[int | None], most: int
 ) -> tuple[dict[str, Any] | None, str]:
     """A record to learn from, or None, and what became of the answer."""
-    prompt, _ = one
-    text = tokenizer.decode(answer, skip_special_tokens=True)
+    # special tokens stay where they are the answer's own, such as marks around a call
+    text = tokenizer.decode([token for token in answer if token not in ends], skip_special_tokens=False)
     if not text.strip():
         return None, "empty"
     if repetition(answer) > MOST_REPETITION:
         return None, "repetitive"
-    if isinstance(prompt, str):
+    prompt = one.prompt
+    if one.goes_on and isinstance(prompt, str):
         return {"text": prompt + text}, "kept"  # all of it is learned: what precedes the answer is the data's own
     if len(answer) >= most:
         return None, "too long"
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": text}, "kept"
     return prompt | {"messages": [*prompt["messages"], {"role": "assistant", "content": text.strip()}]}, "kept"

@@ -124,11 +124,11 @@ def distill(
     """Prune the teacher to the target size, distill it back to health, judge it. Run it again to resume."""
     settings = [*(settings or [])]
     dials = {"method": method, "signal": signal, "cache": cache}
-    settings += [f"distill.{key}={value}" for key, value in dials.items() if value is not None]
+    settings += [f"distill.{key}={json.dumps(value)}" for key, value in dials.items() if value is not None]
     if export is not None:
         settings.append(f"export.formats=[{export}]")
     if device is not None:
-        settings.append(f"export.device={device}")
+        settings.append(f"export.device={json.dumps(device)}")
     if dry_run:
         return plan(teacher, target, data, recipe, settings, as_json)
     from . import pipeline
@@ -162,7 +162,7 @@ def cache(
     """Keep what the teacher says of all that distill would show it, to train from without the teacher."""
     from . import pipeline
 
-    settings = [*(settings or []), *([f"distill.signal={signal}"] if signal else [])]
+    settings = [*(settings or []), *([f"distill.signal={json.dumps(signal)}"] if signal else [])]
     result = pipeline.cache(_recipe_values(teacher, target, data, recipe, settings), out=out, say=_say)
     _print_json(result) if as_json else print(result["folder"])
 

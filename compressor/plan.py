@@ -46,6 +46,7 @@ class Stage:
     flops: int
     seconds: float
     note: str
+    disk_bytes: int = 0  # that it leaves in the run folder beside models
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,22 @@ def measure_rate(*, precision: str = "auto", seconds: float = 0.5) -> Rate:
 
 
 def estimate(recipe: Any, *, teacher: Shape, student: Shape, rate: Rate) -> tuple[Stage, ...]:
-    """The stages in order: teacher, importance, surgery, distill, evaluate. Pure; one device is assumed."""
+    """The stages in order: teacher, importance, surgery, answers or cache where the recipe has them, distill,
+    evaluate. Pure; one device is assumed.
+    """
     value = 2 if rate.precision == "bf16" else 4
     held = 4 if rate.device.startswith("CPU") else value  # a teacher is float32 on a processor whatever the precision
+    settings = recipe.distill
+    asked: tuple[Stage, ...] = ()
+    if settings.method == "seqkd":
+        asked = (_answers(recipe, teacher, rate, held),)
+    elif settings.method == "kl" and settings.signal != "online":
+        asked = (_cache(recipe, teacher, rate, value, held),)
     return (
         _teacher(teacher, held),
         _importance(recipe, teacher, student, rate, value, held),
         _surgery(teacher, student),
+        *asked,
         _distill(recipe, teacher, student, rate, value, held),
         _evaluate(recipe, teacher, student, rate, held),
     )
@@ -261,8 +271,42 @@ def _surgery(teacher: Shape, student: Shape) -> Stage:
     )
 
 
+def _answers(recipe: Any, teacher: Shape, rate: Rate, held: int) -> Stage:
+    """The teacher's answers: an upper bound, with prompts of half a context and answers of `max_new_tokens`."""
+    settings, context = recipe.distill, recipe.data.context
+    batch, answer = recipe.evaluate.batch_size, settings.max_new_tokens
+    seen = min(context, context // 2 + answer)
+    flops = settings.prompts * seen * teacher.flops_per_token(seen / 2)
+    cache = batch * seen * teacher.kv_bytes_per_token(held)
+    read = -(-settings.prompts // batch) * answer * (held * teacher.parameters + cache)
+    disk = 4 * settings.prompts * seen
+    return Stage(
+        "answers",
+        held * teacher.parameters + cache,
+        flops,
+        _compute_seconds(flops, rate) + read / rate.bytes_per_second,
+        f"{settings.prompts:,} prompts, {answer:,} new tokens each; {size(disk)} on disk; upper bound",
+        disk,
+    )
+
+
+def _cache(recipe: Any, teacher: Shape, rate: Rate, value: int, held: int) -> Stage:
+    """One forward pass of the teacher over all rows, and what is kept of them if every token is a target."""
+    from .signals import bytes_per_target
+
+    settings, context = recipe.distill, recipe.data.context
+    tokens = settings.tokens + settings.heldout_rows * context
+    flops = tokens * teacher.flops_per_token(context / 2)
+    each = bytes_per_target(settings.signal, keep=settings.keep, vocab=teacher.vocab, width=teacher.hidden, value=held)
+    memory = held * teacher.parameters + _forward_bytes(teacher, tokens=settings.micro_batch * context, value=value)
+    seconds = _compute_seconds(flops, rate) + tokens * each / DISK_BYTES_PER_SECOND
+    note = f"{tokens:,} tokens once through the teacher, {each:,} bytes each: {size(tokens * each)} on disk at most"
+    return Stage("cache", memory, flops, seconds, note, tokens * each)
+
+
 def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int, held: int) -> Stage:
-    """The teacher frozen beside the student in training, and held-out loss at every evaluation.
+    """The teacher frozen beside the student in training, and held-out loss at every evaluation. No teacher is there
+    for sft and seqkd, nor where what it said is read from a cache.
 
     Memory: teacher weights as they are held; 16 bytes per student weight (fp32 weight, gradient and
     the two moments of AdamW) and 2 more for the bf16 copy under autocast; activations of one micro-batch; and
@@ -273,24 +317,28 @@ def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int
     settings, context = recipe.distill, recipe.data.context
     checkpointing = bool(settings.gradient_checkpointing)
     micro = settings.micro_batch * context
+    beside = settings.method not in ("sft", "seqkd") and settings.signal == "online"
     per_token = distill_flops_per_token(teacher, student, context=context, checkpointing=checkpointing)
+    if not beside:
+        per_token -= teacher.flops_per_token(context / 2)
     steps = -(-settings.tokens // (settings.batch * context))
     checks = 1 + -(-steps // settings.eval_every)
     heldout = checks * settings.heldout_rows * context
-    both = teacher.flops_per_token(context / 2) + student.flops_per_token(context / 2)
+    both = beside * teacher.flops_per_token(context / 2) + student.flops_per_token(context / 2)
     flops = settings.tokens * per_token + heldout * both
 
     states = (18 if rate.precision == "bf16" else 16) * student.parameters
     kept = activation_bytes(student, tokens=micro, precision=rate.precision, checkpointing=checkpointing)
     loss = 4 * (4 * settings.chunk_tokens * teacher.vocab + student.vocab * student.hidden)
     loss += 4 * micro * (2 * student.hidden + teacher.hidden)
-    passing = max(loss, _forward_bytes(teacher, tokens=micro, value=value))
+    passing = max(loss, beside * _forward_bytes(teacher, tokens=micro, value=value))
+    frozen = beside * held * teacher.parameters
     note = (
-        f"{settings.tokens:,} tokens in {steps:,} steps, {per_token:,} FLOPs per token; teacher "
-        f"{size(held * teacher.parameters)}, student with AdamW {size(states)}, "
+        f"{settings.tokens:,} tokens in {steps:,} steps, {per_token:,} FLOPs per token; "
+        f"{f'teacher {size(frozen)}' if beside else 'no teacher'}, student with AdamW {size(states)}, "
         f"activations {size(kept)}"
     )
-    memory = held * teacher.parameters + states + kept + passing
+    memory = frozen + states + kept + passing
     return Stage("distill", memory, flops, _compute_seconds(flops, rate), note)
 
 

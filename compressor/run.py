@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -126,6 +126,53 @@ def staged(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+INDEX = "index.json"
+
+
+def build_shards(
+    folder: Path,
+    about: dict[str, Any],
+    groups: Iterable[Any],
+    write: Callable[[int, Any], dict[str, Any]],
+    *,
+    passed: Callable[[Any], None] = lambda group: None,
+) -> dict[str, Any]:
+    """Fill `folder` a shard after the other and return its index, {"about", "shards", "complete"}.
+
+    groups: what each shard is made of, the same ones in every call. write: is handed a shard's number and its group,
+    writes its files whole, and returns what the index says of it. A build that was ended goes on after the last shard;
+    `passed` is handed the groups of those that are there. One that is complete is only read, by as many as like.
+    Raises UserError for a folder that holds something else or is being written to.
+    """
+    if (index := _begun(folder, about))["complete"]:
+        return index
+    with alone(folder):
+        index = _begun(folder, about)  # another process may have gone on in between
+        write_json(folder / INDEX, index)  # before any shard, which then is known for one
+        for number, group in enumerate(groups):
+            if index["complete"]:
+                break
+            if number < len(index["shards"]):
+                passed(group)
+                continue
+            index["shards"].append(write(number, group))
+            write_json(folder / INDEX, index)
+        index["complete"] = True
+        write_json(folder / INDEX, index)
+    return index
+
+
+def _begun(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The index of what is there already."""
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        check_about(folder, index, about)
+        return index
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and has no {INDEX}; expected a new folder; choose another")
+    return {"about": about, "shards": [], "complete": False}
 
 
 def check_about(folder: Path, index: dict[str, Any], about: dict[str, Any]) -> None:

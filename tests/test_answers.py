@@ -7,7 +7,7 @@ from models import tiny_tokenizer
 
 from compressor.answers import generate, outcome_counts
 from compressor.checkpoint import DEMO_FOLDER
-from compressor.data import Blocks
+from compressor.data import Blocks, encode
 from compressor.errors import UserError
 from compressor.runtime import TorchRuntime
 
@@ -20,7 +20,7 @@ class Scripted:
     """A runtime that gives each prompt the answer its last word asks for."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.seeds = tokenizer, []
+        self.tokenizer, self.seeds, self.stops = tokenizer, [], {tokenizer.eos_token_id}
 
     def answers(self, prompts, *, max_new_tokens, temperature, seed):
         self.seeds.append((seed, temperature))
@@ -82,6 +82,35 @@ def test_texts_go_on_and_tools_stay(tokenizer, tmp_path):
     text, call = lines(tmp_path)
     assert text == {"text": "abcdYes, I do."}
     assert call["tools"] == tools
+
+
+def test_a_prompt_without_a_template_is_answered_and_ends(tmp_path):
+    """Its answer alone is learned, with the end of it; one that was cut has none."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    runtime = Scripted(tokenizer)
+    records = [{"prompt": f"Q: {word}\nA:", "completion": "?"} for word in ("good", "long")]
+    index = made(tmp_path, runtime, records)
+    assert outcome_counts(index) == {"kept": 1, "too long": 1}
+    [record] = lines(tmp_path)
+    assert record == {"prompt": "Q: good\nA:", "completion": "Yes, I do."}
+    learned = encode(record, tokenizer)
+    trained = [token for token, counts in zip(learned.ids, learned.trained, strict=True) if counts]
+    assert trained[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(trained[:-1]) == "Yes, I do."
+
+
+def test_special_tokens_of_the_answer_stay_and_its_end_does_not(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<call>", "</call>"]})
+
+    class Calling(Scripted):
+        def answers(self, prompts, **options):
+            ids = tokenizer('<call>{"name": "f"}</call>', add_special_tokens=False)["input_ids"]
+            return [[*ids, tokenizer.eos_token_id] for _ in prompts]
+
+    made(tmp_path, Calling(tokenizer), [chat("call")])
+    assert lines(tmp_path)[0]["messages"][-1]["content"] == '<call>{"name": "f"}</call>'
 
 
 def test_a_build_that_was_killed_ends_in_the_same_bits(tmp_path, monkeypatch):

@@ -551,7 +551,7 @@ def test_a_bad_export_is_told_before_anything_is_computed(world, tmp_path, secti
 
 @pytest.mark.parametrize("signal", ["topk", "sampled", "hidden"])
 def test_a_student_learns_from_a_cache_and_no_teacher_is_loaded_for_it(world, tmp_path, signal, monkeypatch):
-    values = recipe(world, distill={"signal": signal, "keep": 100})
+    values = recipe(world, distill={"signal": signal} | ({} if signal == "hidden" else {"keep": 100}))
     if signal == "hidden":
         made = compressor.cache(values, out=tmp_path / "cache")
         assert made["bytes_per_token"] == made["bytes"] / made["tokens"] > 0
@@ -590,6 +590,22 @@ def test_a_student_learns_from_a_cache_and_no_teacher_is_loaded_for_it(world, tm
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_deep_cut_that_was_begun_before_hidden_states_were_matched_goes_on(world, tmp_path):
+    import yaml
+
+    values = recipe(world, "layers=2", distill={"hidden_loss": "off"})
+    compressor.distill(values, out=tmp_path / "run")
+    folders = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    _, *later = sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
+    for folder in later:  # so that there is something left to train
+        shutil.rmtree(folder)
+    (tmp_path / "run" / "run.json").write_text(without(tmp_path / "run" / "run.json", "distill", "evaluate", "report"))
+    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    del values["distill"]["hidden_loss"], saved["distill"]["hidden_loss"]  # as a folder of that time
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    assert compressor.distill(values, out=tmp_path / "run")["status"] in ("done", "worse")
 
 
 def test_the_data_alone_are_learned_without_a_teacher(world, tmp_path, monkeypatch):
@@ -633,6 +649,13 @@ def test_a_student_learns_the_teachers_own_answers(world, tmp_path):
     [
         ({"method": "sft", "hidden_loss": "cosine"}, "hidden_loss cosine wants the teacher beside the student"),
         ({"signal": "sampled", "divergence": "jsd"}, "signal sampled is unbiased for forward_kl alone"),
+        ({"mix": 0.3}, r"distill\.mix is 0\.3, but has no part"),
+        ({"method": "sft", "signal": "topk"}, r"distill\.signal is topk, but has no part"),
+        ({"cache": "said"}, r"distill\.cache is said, but has no part"),
+        ({"signal": "hidden", "keep": 5}, r"distill\.keep is 5, but has no part"),
+        ({"prompts": 5}, r"distill\.prompts is 5, but has no part"),
+        ({"method": "seqkd"}, r"max_new_tokens is 256 and data\.context 48; expected room for a prompt"),
+        ({"method": "seqkd", "max_new_tokens": 8, "micro_batch": 3}, r"distill\.batch is 4 rows"),
     ],
 )
 def test_settings_that_do_not_go_together_are_told_at_once(world, tmp_path, settings, says):

@@ -203,3 +203,21 @@ def test_the_rate_is_measured():
     assert rate.precision in ("fp32", "bf16")
     assert 1e8 < rate.flops_per_second < 1e16
     assert 1e8 < rate.bytes_per_second < 1e14
+
+
+def test_no_teacher_is_counted_where_none_is_loaded():
+    teacher, student = shape_of("llama-3.1-8b"), shape_of("llama-3.1-minitron-4b-width")
+    online = stages(teacher, student)["distill"]
+    for changes, row in (({"signal": "topk"}, "cache"), ({"method": "seqkd"}, "answers"), ({"method": "sft"}, None)):
+        found = stages(teacher, student, **changes)
+        assert online.memory_bytes - found["distill"].memory_bytes >= 4 * teacher.parameters
+        assert found["distill"].flops < online.flops
+        assert "no teacher" in found["distill"].note
+        assert ({"cache", "answers"} & found.keys()) == ({row} if row else set())
+        if row:
+            assert found[row].memory_bytes > 4 * teacher.parameters
+            assert found[row].seconds > 0 < found[row].disk_bytes
+    cache = stages(teacher, student, signal="topk")["cache"]
+    targets = 1_000_000 + 32 * 512
+    assert cache.disk_bytes == targets * (64 * (4 + 2) + 4 + 32 * 4 + 4)  # this vocabulary takes 32 bits
+    assert cache.flops == targets * teacher.flops_per_token(256)

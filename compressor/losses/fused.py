@@ -6,7 +6,7 @@ head, so memory is a few chunk x vocabulary buffers, reused for every chunk. The
 1503.02531; Minitron trains on the first term alone):
     (1 - ce_weight) * tau^2 * weight * D(softmax(z_T / tau), softmax(z_S / tau)) + ce_weight * CE(z_S, label)
 Shape suffixes: N rows, C rows of a chunk, D student width, E teacher width, V shared real ids, W ids of a teacher's
-head, K ids that are kept of a teacher's distribution.
+head, K ids that are kept of a teacher's distribution, L those and their tail, M ids drawn from the tail.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .divergences import DIVERGENCES, Divergence
 
 # Rows of the head whose gradient is widened to float32 at a time when products are made in half precision.
 HEAD_ROWS = 8192
-TAIL = 1e-6  # the least probability of all ids outside the top k: their logarithm is taken
+LEAST = -80.0  # of a tail's logarithm: there may be no id left outside the top k
 
 
 class LossParts(NamedTuple):
@@ -44,17 +44,39 @@ class Dense(NamedTuple):
 class TopK(NamedTuple):
     """The teacher's K likeliest ids of each row, with log-probabilities at the loss's temperature.
 
-    What they leave is the tail.
+    log_tail_N: the logarithm of what all others have together. drawn_NM: ids drawn from these others, with which
+    forward KL is unbiased; drawn_log_p_N: their mean log-probability.
     """
 
     ids_NK: Tensor
     log_p_NK: Tensor
+    log_tail_N: Tensor
+    drawn_NM: Tensor | None = None
+    drawn_log_p_N: Tensor | None = None
+
+    def with_tail(self) -> Tensor:
+        """Log-probabilities of the K ids and of the tail, (N, K + 1), summing to 1 whatever they were rounded to."""
+        log_tail_N = self.log_tail_N.clamp(min=LEAST)
+        return torch.cat([self.log_p_NK.to(log_tail_N.dtype), log_tail_N[:, None]], -1).log_softmax(-1)
+
+    def sampled(self) -> Sampled:
+        """The K ids with their own weights, which is exact, and the drawn ones with equal shares of the tail's."""
+        assert self.drawn_NM is not None
+        assert self.drawn_log_p_N is not None
+        log_p_NL = self.with_tail()
+        p_NL, draws = log_p_NL.exp(), self.drawn_NM.shape[1]
+        weights = torch.cat([p_NL[:, :-1], (p_NL[:, -1:] / draws).expand(-1, draws)], -1)
+        inside_N = (p_NL[:, :-1] * log_p_NL[:, :-1]).sum(-1)
+        return Sampled(
+            torch.cat([self.ids_NK, self.drawn_NM], -1), weights, -inside_N - p_NL[:, -1] * self.drawn_log_p_N
+        )
 
 
 class Sampled(NamedTuple):
     """Ids drawn from the teacher, with weights that sum to 1 a row and are unbiased for its distribution.
 
-    Sparse Logit Sampling, arXiv 2503.16870. entropy_N: of the teacher, so that what is reported is a KL divergence.
+    Sparse Logit Sampling, arXiv 2503.16870. entropy_N: -sum weight log p over these ids, so that what is reported is a
+    KL divergence whose noise is that of log p - log q alone.
     """
 
     ids_NK: Tensor
@@ -88,8 +110,9 @@ def fused_linear_divergence(
     are float32 (float64 for float64 inputs); matrix products use the inputs' precision, or autocast's where it is on.
 
     Without a teacher there is cross-entropy alone. A `TopK` teacher is compared on its K ids and one more for all the
-    rest, by any divergence. A `Sampled` one knows only forward KL, which is linear in p, so that an unbiased p gives an
-    unbiased gradient.
+    rest, by any divergence; that is a lower bound (it does not see how the rest is spread), and so forward KL goes by
+    the ids drawn from the rest where it has some. A `Sampled` one knows only forward KL, which is linear in p, so that
+    an unbiased p gives an unbiased gradient.
     Raises UserError for an unknown divergence and for settings outside their range.
     """
     if divergence not in DIVERGENCES:
@@ -118,6 +141,8 @@ def fused_linear_divergence(
         raise UserError(f"ce_weight is {ce_weight} without a teacher; expected 1; pass what is known of one")
     if ce_weight > 0 and labels_N is None:
         raise UserError("ce_weight is above 0 but there are no labels; pass labels or set ce_weight to 0")
+    if isinstance(teacher, TopK) and teacher.drawn_NM is not None and divergence == "forward_kl":
+        teacher = teacher.sampled()
     device = student_ND.device.type
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     options = _Options(row, mix or 0.0, float(temperature), float(ce_weight), vocab, chunk_tokens, product)
@@ -238,7 +263,7 @@ def _chunks(
             torch.log_softmax(scratch_CV.div_(tau), -1, out=log_p_CV)
             kl_N[rows] = options.divergence.function(log_q_CV, log_p_CV, scratch_CV, options.mix)
         elif isinstance(teacher, TopK):
-            kl_N[rows] = _top_k(options, log_q_CV, teacher.ids_NK[rows], teacher.log_p_NK[rows])
+            kl_N[rows] = _top_k(options, log_q_CV, TopK(*(values[rows] for values in teacher[:3])))
         elif teacher is None:
             log_q_CV.zero_()  # no divergence, no gradient of one
         else:
@@ -267,17 +292,17 @@ def _chunks(
     return (loss, kl, ce), grad_hidden_ND, grad_head_VD
 
 
-def _top_k(options: _Options, log_q_CV: Tensor, ids_CK: Tensor, log_p_CK: Tensor) -> Tensor:
+def _top_k(options: _Options, log_q_CV: Tensor, teacher: TopK) -> Tensor:
     """The divergence over K ids and the tail; leaves dL/dz in the first buffer, as a divergence does.
 
     With z' = (z_K, logsumexp of the others), softmax(z') is the student's distribution over these K + 1, so an id in K
-    has dL/dz' of its own and one in the tail its share q / q_tail of the tail's.
+    has dL/dz' of its own and one in the tail its share q / q_tail of the tail's. The tail is summed, not what the K
+    leave of 1: that would be rounding where they are nearly all.
     """
-    log_p_CK = log_p_CK.to(log_q_CV.dtype)
+    ids_CK, log_p_CL = teacher.ids_NK, teacher.with_tail().to(log_q_CV.dtype)
     log_q_CK = log_q_CV.gather(1, ids_CK)
-    log_q_CL = torch.cat([log_q_CK, _rest(log_q_CK)], -1)
-    log_p_CL = torch.cat([log_p_CK, _rest(log_p_CK)], -1)
-    log_q_tail_C1 = log_q_CL[:, -1:].clone()
+    log_q_tail_C1 = log_q_CV.scatter_(1, ids_CK, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=LEAST)
+    log_q_CL = torch.cat([log_q_CK, log_q_tail_C1], -1)
     rows_C = options.divergence.function(log_q_CL, log_p_CL, torch.empty_like(log_p_CL), options.mix)
     gradient_CL = log_q_CL
     log_q_CV.sub_(log_q_tail_C1).exp_().mul_(gradient_CL[:, -1:])
@@ -285,14 +310,8 @@ def _top_k(options: _Options, log_q_CV: Tensor, ids_CK: Tensor, log_p_CK: Tensor
     return rows_C
 
 
-def _rest(log_CK: Tensor) -> Tensor:
-    """log(1 - sum exp), (C, 1): what a distribution leaves to other ids, TAIL at least."""
-    total_C1 = log_CK.double().logsumexp(-1, keepdim=True)
-    return torch.log1p(-total_C1.exp().clamp(max=1 - TAIL)).to(log_CK.dtype)
-
-
 def _sampled(log_q_CV: Tensor, ids_CK: Tensor, weights_CK: Tensor, entropy_C: Tensor) -> Tensor:
-    """-sum w log q - H(p), an unbiased KL(p || q); leaves q - w in the first buffer. An id may be drawn twice."""
+    """sum w (log p - log q), an unbiased KL(p || q); leaves q - w in the first buffer. An id may be drawn twice."""
     weights_CK = weights_CK.to(log_q_CV.dtype)
     rows_C = -(weights_CK * log_q_CV.gather(1, ids_CK)).sum(-1) - entropy_C
     log_q_CV.exp_().scatter_add_(1, ids_CK, -weights_CK)

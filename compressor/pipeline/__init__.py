@@ -40,6 +40,7 @@ def plan(recipe: Recipe | dict[str, Any]) -> Plan:
 
     recipe = _checked(recipe)
     _check_exports(recipe)
+    _check_method(recipe.distill)
     return plan(recipe)
 
 
@@ -61,10 +62,11 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     if RANK:
         return _assist(job)
     with run.locked():
-        # what cannot be trained is told before anything is computed; the teacher's answers are not there yet
-        if run.done("distill") is None and not _wanted("answers", recipe):
-            check(batches=job.batches, heldout=job.heldout, settings=recipe.distill)
-            _check_ids(job)
+        # what cannot be trained is told before anything is computed; where answers are to come, by the data they answer
+        if run.done("distill") is None:
+            read = job.before_answers() if run.done("answers") is None else job
+            check(batches=read.batches, heldout=read.heldout, settings=recipe.distill)
+            _check_ids(read)
             if recipe.distill.method in recipes.ON_POLICY:
                 onpolicy.check(recipe.distill, recipe.onpolicy)
                 job.prompts("heldout", 1)
@@ -116,14 +118,14 @@ def cache(recipe: Recipe | dict[str, Any], *, out: Path | str, say: Say = quiet)
     "bytes_per_token"}. Raises UserError for a recipe that keeps nothing, and for a folder that holds something else.
     """
     recipe = _checked(recipe)
-    distill = recipe.distill.model_copy(update={"cache": str(out)})
-    job = _job(recipe.model_copy(update={"distill": distill}), out, say)
-    if not _wanted("cache", job.recipe):
-        asked = job.recipe.distill
+    if not _wanted("cache", recipe):
+        asked = recipe.distill
         raise UserError(
             f"distill.signal is {asked.signal} and distill.method {asked.method}; expected kl by topk, sampled or "
             "hidden; give --signal"
         )
+    distill = recipe.distill.model_copy(update={"cache": str(out)})
+    job = _job(recipe.model_copy(update={"distill": distill}), out, say)
     say(f"cache       {learning.cache(job)}")
     return job.facts
 
@@ -146,6 +148,12 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
     positions = teacher.config.get("max_position_embeddings") or recipe.data.context
     sizes = {"teacher": teacher.shape, "student": shape, "max_positions": positions}
     recipe = recipes.resolve(recipe, **sizes, processes=processes())
+    answers = recipe.distill.method in ("seqkd", *recipes.ON_POLICY) or recipe.distill.select == "rouge_l"
+    if answers and recipe.distill.max_new_tokens >= recipe.data.context:
+        raise UserError(
+            f"distill.max_new_tokens is {recipe.distill.max_new_tokens} and data.context {recipe.data.context}; "
+            "expected room for a prompt; lower distill.max_new_tokens"
+        )
     if recipe.data.source is None:
         say(f"data: {DEFAULT_DATA} (the default; choose another with --data)")
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": DEFAULT_DATA})})
@@ -154,14 +162,35 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
 
 
 def _check_method(settings: Distill) -> None:
-    """Settings that do not go together are told before anything is computed."""
+    """Settings that do not go together, and those that would have no part, are told before anything is computed."""
+    from ..losses import DIVERGENCES
+    from ..recipe import Distill
+
+    kl, labels = settings.method == "kl", settings.method in ("sft", "seqkd")
+    cached, own = kl and settings.signal != "online", settings.method in recipes.ON_POLICY
+    no_part = {
+        "divergence": labels or settings.method == "minillm",
+        "signal": labels,
+        "cache": labels or not cached,
+        "keep": labels or own or (kl and settings.signal in ("online", "hidden")),
+        "mix": labels or settings.method == "minillm" or (kl and DIVERGENCES[settings.divergence].mix is None),
+        "prompts": settings.method in ("kl", "sft"),
+        "sampling_temperature": settings.method != "seqkd",
+    }
+    for key, unused in no_part.items():
+        # by value: a resolved recipe names every key
+        if unused and (value := getattr(settings, key)) != Distill.model_fields[key].default:
+            raise UserError(
+                f"distill.{key} is {value}, but has no part in distill.method {settings.method} with signal "
+                f"{settings.signal} and divergence {settings.divergence}; expected it unset; leave it out"
+            )
     online = settings.method == "kl" and settings.signal == "online"
-    if settings.method in recipes.ON_POLICY and settings.signal != "online":
+    if own and settings.signal != "online":
         raise UserError(
             f"distill.method {settings.method} asks the teacher about answers that nobody knows beforehand and "
             f"distill.signal is {settings.signal}; expected online; leave --signal out"
         )
-    if settings.method in recipes.ON_POLICY and settings.select == "loss":
+    if own and settings.select == "loss":
         raise UserError(
             f"distill.method {settings.method} lowers its loss even where its answers get worse and distill.select is "
             "loss; expected rouge_l or auto; leave it out"

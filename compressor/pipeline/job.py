@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,14 @@ class Job:
     def answers(self) -> Path:
         """Where the teacher's answers are kept."""
         return self.run.folder / "answers"
+
+    def before_answers(self) -> Job:
+        """This job as one that learns from the data themselves, whose rows the answers' will be like."""
+        distill = self.recipe.distill
+        if distill.method != "seqkd":
+            return self
+        recipe = self.recipe.model_copy(update={"distill": distill.model_copy(update={"method": "sft"})})
+        return replace(self, recipe=recipe)
 
     @property
     def data(self) -> dict[str, Any]:

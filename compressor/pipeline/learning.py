@@ -53,8 +53,10 @@ def cache(job: Job) -> str:
     """Ask the teacher once for all that the student will learn from, and measure what is lost by keeping part of it."""
     from itertools import chain, islice
 
-    from ..data import heldout_rows
-    from ..signals import build
+    import torch
+
+    from ..data import collate, heldout_rows, targets
+    from ..signals import build, bytes_per_target
     from ..train import check
 
     settings = job.recipe.distill
@@ -62,6 +64,11 @@ def cache(job: Job) -> str:
     held = heldout_rows(
         job.source, job.tokenizer, context=job.recipe.data.context, limit=settings.heldout_rows, **job.data
     )
+    first = list(islice(job.batches, 64))
+    value = 2 if torch.cuda.is_available() else 4  # bytes: a teacher is float32 on a processor
+    sizes = {"keep": settings.keep, "vocab": job.vocab, "width": job.teacher.shape.hidden, "value": value}
+    each = bytes_per_target(job.cached_of["kind"], **sizes)
+    expected = each * (rows + len(held)) * int(targets(collate(first)).sum()) // len(first)
     with progress("cache", total=rows + len(held), unit="rows") as advance:
         index = build(
             job.cache,
@@ -69,6 +76,7 @@ def cache(job: Job) -> str:
             chain(held, islice(job.batches, rows)),
             about=job.cached_of,
             batch_size=settings.micro_batch,
+            expected=expected,
             progress=advance,
         )
     count = sum(shard["targets"] for shard in index["shards"])
@@ -95,17 +103,22 @@ def _signal(job: Job, settings: Distill) -> Any:
     return Cached(job.cache, job.cached_of)
 
 
-def _hidden(job: Job, settings: Distill) -> Any:
+def _hidden(job: Job, settings: Distill, folder: Path) -> Any:
     """The loss on hidden states, where the recipe or a large cut in depth asks for it."""
     from ..losses import HiddenLoss, paper_pairs
     from ..scores import Scores
     from ..surgery import select
+    from ..train import last_checkpoint
+    from ..train.trainer import BESIDE
 
     teacher, student = job.teacher.shape, job.shape
+    last = last_checkpoint(folder)
     measure = settings.hidden_loss
     if measure == "auto":
         deep = student.num_layers <= teacher.num_layers * (1 - DEEP_CUT)
         measure = "cosine" if deep and settings.method == "kl" and settings.signal == "online" else "off"
+        if last is not None and not (last / BESIDE).is_dir():
+            measure = "off"  # begun before there was such a loss: it goes on as it began
     if measure == "off":
         return None
     pairs = paper_pairs(student.num_layers, teacher.num_layers)
@@ -157,7 +170,7 @@ def _distilled(job: Job, student: Path, settings: Distill, folder: Path, **optio
         folder=folder,
         seed=job.recipe.seed,
         vocab=job.vocab,
-        hidden=_hidden(job, settings),
+        hidden=_hidden(job, settings, folder),
         **options,
     )
 

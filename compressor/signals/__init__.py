@@ -4,7 +4,7 @@ A signal is called with a batch and the mask of its targets and gives a `losses.
 what `cache` has written: the top k with their tail, ids drawn from the teacher, or its final hidden states.
 """
 
-from .cache import Kind, build, fingerprint
+from .cache import Kind, build, bytes_per_target, fingerprint
 from .cached import Cached
 from .online import Online, Signal, check_head, head_weight, observed, predicting
 
@@ -14,6 +14,7 @@ __all__ = [
     "Online",
     "Signal",
     "build",
+    "bytes_per_target",
     "check_head",
     "fingerprint",
     "head_weight",
