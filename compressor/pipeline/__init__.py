@@ -64,6 +64,8 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
         if run.done("distill") is None and not _wanted("answers", recipe):
             check(batches=job.batches, heldout=job.heldout, settings=recipe.distill)
             _check_ids(job)
+        if run.done("distill") is None and _wanted("correct", recipe):
+            check(**job.correcting, section="correct")
         _open(run, recipe, job.teacher)
         fresh = False
         for name, stage in STAGES.items():
@@ -96,6 +98,8 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
 def _wanted(stage: str, recipe: Recipe) -> bool:
     """Whether the recipe has the stage."""
     settings = recipe.distill
+    if stage == "correct":
+        return recipe.correct.mode != "off"
     if stage == "answers":
         return settings.method == "seqkd"
     if stage == "cache":
@@ -118,6 +122,8 @@ def cache(recipe: Recipe | dict[str, Any], *, out: Path | str, say: Say = quiet)
             f"distill.signal is {asked.signal} and distill.method {asked.method}; expected kl by topk, sampled or "
             "hidden; give --signal"
         )
+    if _wanted("correct", job.recipe):
+        say(f"correct     {learning.correct(job)}")
     say(f"cache       {learning.cache(job)}")
     return job.facts
 
@@ -189,22 +195,30 @@ def _check_ids(job: Job) -> None:
 
 
 def _assist(job: Job) -> dict[str, Any]:
-    """What every process but the first does: wait until the student is cut, and train along.
+    """What every process but the first does: wait until there is something to train, and train along.
 
     The launcher ends us if the first process fails. Raises UserError where its run folder never comes into sight.
     """
+    if _wanted("correct", job.recipe):
+        _wait(job, "surgery")
+        if job.run.done("correct") is None:
+            learning.correct(job)
+    _wait(job, next(name for name in ("answers", "cache", "correct", "surgery") if _wanted(name, job.recipe)))
+    if job.run.done("distill") is None:
+        learning.distill_student(job)
+    return {}
+
+
+def _wait(job: Job, stage: str) -> None:
+    """Until the first process has done the stage."""
     started = time.monotonic()
-    ready = next(name for name in ("answers", "cache", "surgery") if _wanted(name, job.recipe))
-    while job.run.done(ready) is None:
+    while job.run.done(stage) is None:
         if not job.run.recipe.exists() and time.monotonic() - started > PATIENCE_SECONDS:
             raise UserError(
                 f"no {job.run.folder} after {PATIENCE_SECONDS // 60} minutes; expected a run folder that all processes "
                 "see; put --out on a shared disk"
             )
         time.sleep(0.5)
-    if job.run.done("distill") is None:
-        learning.distill_student(job)
-    return {}
 
 
 # --- small things -----------------------------------------------------------------------------------------------------

@@ -62,8 +62,9 @@ def train(
     metrics: Path | None = None,
     seed: int = 0,
     beside: nn.Module | None = None,
+    section: str = "distill",
 ) -> TrainResult:
-    """Train `model` (its weights are made float32) and return how it went; run again after a kill, it continues.
+    """Train `model` (what trains is made float32) and return how it went; run again after a kill, it continues.
 
     `batches` yields rows (T,) endlessly, and the same ones from the start each time it is iterated;
     `heldout` holds collated batches. `settings` has the fields of recipe.Distill; its `tokens`
@@ -72,20 +73,25 @@ def train(
     heldout_ce to `metrics` (default folder/metrics.jsonl). The held-out loss is taken before the first
     step, every `eval_every` steps and at the end; the best checkpoint and the last are kept. On CPU a
     resumed run ends in the same bits. `beside` holds parameters that the loss trains with the student's and that no
-    student is saved with. Raises UserError for settings that do not fit together, empty data and a full disk.
+    student is saved with. Where parameters of `model` are frozen, checkpoints hold the others alone. `section` is the
+    recipe's, for errors and the bar.
+    Raises UserError for settings that do not fit together, empty data and a full disk.
     """
-    steps = check(batches=batches, heldout=heldout, settings=settings)
+    steps = check(batches=batches, heldout=heldout, settings=settings, section=section)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(settings, steps=steps, folder=folder, seed=seed)
     if arguments.should_save:
         for leftover in [*folder.glob(".checkpoint-*.part"), *folder.glob(".checkpoint-*.old")]:
             shutil.rmtree(leftover)
-    student: Any = model.float()
+    student: Any = model
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if settings.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     board, last = TensorBoardCallback(), last_checkpoint(folder)
     board.logging_dir = str(folder / "tensorboard")
-    with _quiet(), progress("distill", total=steps, unit="steps") as advance:
+    with _quiet(), progress(section, total=steps, unit="steps") as advance:
         trainer = Trainer(
             student,
             loss=loss,
@@ -128,7 +134,13 @@ def _result(status: str, state: TrainerState, folder: Path) -> TrainResult:
     )
 
 
-def check(*, batches: torch.utils.data.IterableDataset, heldout: Sequence[Batch], settings: Any) -> int:
+def check(
+    *,
+    batches: torch.utils.data.IterableDataset,
+    heldout: Sequence[Batch],
+    settings: Any,
+    section: str = "distill",
+) -> int:
     """The number of optimizer steps that `train` would take with the same arguments, on as many processes as now.
 
     Raises UserError for settings that do not fit together, and for data without rows or without a target.
@@ -139,29 +151,30 @@ def check(*, batches: torch.utils.data.IterableDataset, heldout: Sequence[Batch]
     if len(heldout) < processes:
         raise UserError(
             f"there are {len(heldout)} held-out batches for {processes} processes; expected one each; "
-            "raise distill.heldout_rows or lower distill.micro_batch"
+            f"raise distill.heldout_rows or lower {section}.micro_batch"
         )
     if settings.min_lr > settings.lr:
         raise UserError(
-            f"distill.min_lr is {settings.min_lr}; expected at most distill.lr, {settings.lr}; lower distill.min_lr"
+            f"{section}.min_lr is {settings.min_lr}; expected at most {section}.lr, {settings.lr}; "
+            f"lower {section}.min_lr"
         )
     per_step = settings.micro_batch * processes
     if settings.batch % per_step:
         raise UserError(
-            f"distill.batch is {settings.batch} rows, and {processes} process(es) take "
+            f"{section}.batch is {settings.batch} rows, and {processes} process(es) take "
             f"{settings.micro_batch} each at a time; expected a multiple of {per_step}; "
-            "change distill.batch or distill.micro_batch"
+            f"change {section}.batch or {section}.micro_batch"
         )
-    steps = num_steps(batches, tokens=settings.tokens, batch=settings.batch)
+    steps = num_steps(batches, tokens=settings.tokens, batch=settings.batch, section=section)
     if settings.warmup_steps >= steps:
         raise UserError(
-            f"distill.tokens pays for {steps} steps and distill.warmup_steps is {settings.warmup_steps}; "
-            "expected fewer warm-up steps than steps; raise distill.tokens or lower distill.warmup_steps"
+            f"{section}.tokens pays for {steps} steps and {section}.warmup_steps is {settings.warmup_steps}; "
+            f"expected fewer warm-up steps than steps; raise {section}.tokens or lower {section}.warmup_steps"
         )
     return steps
 
 
-def num_steps(rows: torch.utils.data.IterableDataset, *, tokens: int, batch: int) -> int:
+def num_steps(rows: torch.utils.data.IterableDataset, *, tokens: int, batch: int, section: str = "distill") -> int:
     """Optimizer steps of `batch` rows that `tokens` pay for, going by the mean length of the first rows.
 
     Raises UserError when there are no rows and when the tokens do not pay for one step.
@@ -176,8 +189,8 @@ def num_steps(rows: torch.utils.data.IterableDataset, *, tokens: int, batch: int
     steps = int(tokens * seen / (lengths * batch))
     if not steps:
         raise UserError(
-            f"distill.tokens is {tokens}, but one step takes about {lengths * batch // seen} ({batch} rows); "
-            "expected at least one step; raise distill.tokens or lower distill.batch"
+            f"{section}.tokens is {tokens}, but one step takes about {lengths * batch // seen} ({batch} rows); "
+            f"expected at least one step; raise {section}.tokens or lower {section}.batch"
         )
     return steps
 
