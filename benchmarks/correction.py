@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("--correct-tokens", type=int, help="default: the recipe's, a quarter")
     parser.add_argument("--correct-lr", type=float, help="default: the recipe's")
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8, help="rows a step, of both trainings")
+    parser.add_argument("--eval-every", type=int, default=50, help="steps, of both trainings")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--no-student", action="store_true", help="correct only")
@@ -83,15 +85,18 @@ def main() -> None:
 
         def run(mode: str, seed: int) -> dict[str, Any]:
             folder = work / f"{mode}-{seed}"
-            chosen = {"tokens": options.correct_tokens, "lr": options.correct_lr}
+            correct = {"mode": mode, "eval_every": options.eval_every}
+            correct |= {"tokens": options.correct_tokens} if options.correct_tokens else {}
+            correct |= {"lr": options.correct_lr} if options.correct_lr else {}
             values = {"teacher": options.teacher, "target": options.target, "seed": seed}
             values |= {"data": {"source": data, "context": options.context}}
-            values |= {"correct": {"mode": mode} | {k: v for k, v in chosen.items() if v is not None}}
-            values |= {"distill": {"tokens": options.tokens, "batch": 8, "micro_batch": 8}}
+            values |= {"correct": correct}
+            sizes = {"batch": options.batch, "micro_batch": options.batch, "eval_every": options.eval_every}
+            values |= {"distill": {"tokens": options.tokens} | sizes}
             recipe = recipes.resolve(
                 recipes.build(values), teacher=source.shape, student=shape, max_positions=options.context
             )
-            batches = Blocks(data, tokenizer, seed=seed, group=8, **section)
+            batches = Blocks(data, tokenizer, seed=seed, group=options.batch, **section)
             taught_by, found = source.folder, {"mode": mode, "seed": seed}
             if mode != "off":
                 training = recipe.correct.training(recipe.distill)

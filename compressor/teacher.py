@@ -115,11 +115,14 @@ def _full(model: Any, settings: Any) -> nn.Module:
 
 
 def _lora(model: Any, settings: Any) -> nn.Module:
+    import warnings
+
     from peft import LoraConfig, get_peft_model
 
     # all-linear leaves out the head, as the authors of QLoRA do
     config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules="all-linear")  # pyright: ignore[reportArgumentType]
-    return get_peft_model(model, config)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft asks transformers by an old name
+        return get_peft_model(model, config)
 
 
 def _norms(model: Any, settings: Any) -> nn.Module:
