@@ -39,6 +39,10 @@ Data = Annotated[
 RecipeFile = Annotated[
     str | None, typer.Option("--recipe", metavar="YAML", help="A YAML recipe, or the name of a shipped one.")
 ]
+Correct = Annotated[
+    str | None,
+    typer.Option(metavar="MODE", help="Train the teacher on the data first: full, lora or norms. [default: off]"),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the recipe: section.key=value; repeatable."),
@@ -112,6 +116,7 @@ def distill(
     cache: Annotated[
         str | None, typer.Option(metavar="DIR", help="A folder of compressor cache. [default: the run's]")
     ] = None,
+    correct: Correct = None,
     export: Annotated[
         str | None, typer.Option(metavar="FORMATS", help="Export the student too: onnx-int4,gguf-q8_0, ...")
     ] = None,
@@ -125,6 +130,7 @@ def distill(
     settings = [*(settings or [])]
     dials = {"method": method, "signal": signal, "cache": cache}
     settings += [f"distill.{key}={json.dumps(value)}" for key, value in dials.items() if value is not None]
+    settings += [f"correct.mode={correct}"] if correct else []
     if export is not None:
         settings.append(f"export.formats=[{export}]")
     if device is not None:
@@ -157,12 +163,14 @@ def cache(
     recipe: RecipeFile = None,
     settings: Settings = None,
     signal: Annotated[str | None, typer.Option(help="topk, sampled or hidden. [default: the recipe's]")] = None,
+    correct: Correct = None,
     as_json: Json = False,
 ) -> None:
     """Keep what the teacher says of all that distill would show it, to train from without the teacher."""
     from . import pipeline
 
     settings = [*(settings or []), *([f"distill.signal={json.dumps(signal)}"] if signal else [])]
+    settings += [f"correct.mode={correct}"] if correct else []
     result = pipeline.cache(_recipe_values(teacher, target, data, recipe, settings), out=out, say=_say)
     _print_json(result) if as_json else print(result["folder"])
 

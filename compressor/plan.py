@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .architecture import PUBLISHED, choose, named_config, parse_target
+from .families import tensors
 from .shape import Shape
 from .units import duration, size
 
@@ -168,7 +169,7 @@ def measure_rate(*, precision: str = "auto", seconds: float = 0.5) -> Rate:
 
 
 def estimate(recipe: Any, *, teacher: Shape, student: Shape, rate: Rate) -> tuple[Stage, ...]:
-    """The stages in order: teacher, importance, surgery, answers or cache where the recipe has them, distill,
+    """The stages in order: teacher, importance, surgery; correct, answers or cache where the recipe has them; distill,
     evaluate. Pure; one device is assumed.
     """
     value = 2 if rate.precision == "bf16" else 4
@@ -183,6 +184,7 @@ def estimate(recipe: Any, *, teacher: Shape, student: Shape, rate: Rate) -> tupl
         _teacher(teacher, held),
         _importance(recipe, teacher, student, rate, value, held),
         _surgery(teacher, student),
+        *([_correct(recipe, teacher, rate, held)] if recipe.correct.mode != "off" else []),
         *asked,
         _distill(recipe, teacher, student, rate, value, held),
         _evaluate(recipe, teacher, student, rate, held),
@@ -340,6 +342,43 @@ def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int
     )
     memory = frozen + states + kept + passing
     return Stage("distill", memory, flops, _compute_seconds(flops, rate), note)
+
+
+def _correct(recipe: Any, teacher: Shape, rate: Rate, held: int) -> Stage:
+    """The teacher in training, as the student in `_distill`, but without another model beside it.
+
+    full: 16 or 18 bytes a weight, 6 FLOPs a weight and token. lora and norms: the weights as they are held, as many
+    bytes for each value that is trained, and 4 FLOPs, since no gradient of a frozen matrix is formed. Activations are
+    counted as for full, an upper bound.
+    """
+    settings, context = recipe.correct, recipe.data.context
+    training = settings.training(recipe.distill)
+    trained = trained_parameters(teacher, settings)
+    steps = -(-settings.tokens // (settings.batch * context))
+    heldout = (1 + -(-steps // settings.eval_every)) * training.heldout_rows * context
+    passes = (3 if settings.mode == "full" else 2) + bool(training.gradient_checkpointing)
+    flops = (passes * settings.tokens + heldout) * teacher.flops_per_token(context / 2)
+    states = (18 if rate.precision == "bf16" else 16) * trained
+    if settings.mode != "full":
+        states += held * teacher.parameters
+    micro = settings.micro_batch * context
+    checkpointing = bool(training.gradient_checkpointing)
+    kept = activation_bytes(teacher, tokens=micro, precision=rate.precision, checkpointing=checkpointing)
+    loss = 4 * (4 * training.chunk_tokens * teacher.vocab + 2 * micro * teacher.hidden)
+    if settings.mode == "full":
+        loss += 4 * teacher.vocab * teacher.hidden
+    note = f"{settings.mode}: {settings.tokens:,} tokens in {steps:,} steps, {trained:,} weights trained"
+    return Stage("correct", states + kept + loss, flops, _compute_seconds(flops, rate), note)
+
+
+def trained_parameters(teacher: Shape, settings: Any) -> int:
+    """How many values a correction (recipe.Correct) trains, by its mode."""
+    matrices = [axes for name, axes in tensors(teacher) if "_proj." in name and len(axes) == 2]
+    return {
+        "full": teacher.parameters,
+        "lora": settings.lora_rank * sum(teacher.size(axis) for axes in matrices for axis in axes),
+        "norms": sum(teacher.size(axes[0]) for name, axes in tensors(teacher) if name.endswith("norm.weight")),
+    }[settings.mode]
 
 
 def _evaluate(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int) -> Stage:

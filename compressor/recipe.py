@@ -8,15 +8,19 @@ import difflib
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .errors import UserError
 from .shape import Shape
 
 Aggregation = Literal["l2", "mean", "var"]
+# YAML 1.1 reads a bare off as false
+Correction = Annotated[
+    Literal["off", "full", "lora", "norms"], BeforeValidator(lambda value: "off" if value is False else value)
+]
 
 
 class Section(BaseModel):
@@ -48,6 +52,33 @@ class Importance(Section):
     )
     scores: str | None = Field(None, description="scores.safetensors of an earlier run of the same teacher, to reuse")
     depth_samples: int = Field(64, gt=0, description="calibration rows for perplexity-on-removal")
+
+
+class Correct(Section):
+    """Whether the whole teacher is trained on the data before the student learns from it (arXiv 2408.11796).
+
+    What both trainings have and this section has not, such as precision, is as in distill.
+    """
+
+    mode: Correction = Field(
+        "off", description="full: every weight; lora: low-rank updates of the layers, merged; norms: their norms alone"
+    )
+    tokens: int = Field(25_000_000, gt=0, description="training budget in tokens")
+    batch: int = Field(64, gt=0, description="rows per optimizer step, over all processes")
+    micro_batch: int = Field(1, gt=0, description="rows per forward pass")
+    peak_lr: float = Field(1e-4, gt=0, description="peak learning rate that the teacher was once trained with")
+    lr: float = Field(2e-5, gt=0, description="peak learning rate of the correction")
+    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
+    warmup_steps: int = Field(120, ge=0, description="steps of linear warm-up")
+    eval_every: int = Field(50, gt=0, description="steps between held-out losses; the best checkpoint is kept")
+    save_every: int = Field(50, gt=0, description="steps between checkpoints to resume from")
+    lora_rank: int = Field(16, gt=0, description="rank of each update, for lora")
+    lora_alpha: float = Field(32.0, gt=0, description="updates are scaled by lora_alpha / lora_rank")
+
+    def training(self, distill: "Distill") -> "Distill":
+        """All settings of the correction's training: these, and distill's where there are none here."""
+        shared = type(self).model_fields.keys() & type(distill).model_fields.keys()
+        return distill.model_copy(update={key: getattr(self, key) for key in shared})
 
 
 class Distill(Section):
@@ -156,6 +187,7 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, description="of shuffling, sampling and initialisation")
     data: Data = Field(default_factory=Data)  # pyright: ignore[reportArgumentType] - every field has a default
     importance: Importance = Field(default_factory=Importance)  # pyright: ignore[reportArgumentType]
+    correct: Correct = Field(default_factory=Correct)  # pyright: ignore[reportArgumentType]
     distill: Distill = Field(default_factory=Distill)  # pyright: ignore[reportArgumentType]
     onpolicy: OnPolicy = Field(default_factory=OnPolicy)  # pyright: ignore[reportArgumentType]
     evaluate: Evaluate = Field(default_factory=Evaluate)  # pyright: ignore[reportArgumentType]
@@ -278,15 +310,16 @@ def _numbers(value: Any) -> Any:
 
 
 ON_POLICY = ("gkd", "minillm")  # methods that learn from the student's own answers
+_TRAINING = ("tokens", "batch", "micro_batch", "lr", "min_lr", "warmup_steps", "eval_every", "save_every")
 DERIVED = (
     ("data", "context"),
     ("importance", "batch_size"),
-    *(
-        ("distill", key)
-        for key in ("tokens", "batch", "micro_batch", "lr", "min_lr", "warmup_steps", "eval_every", "save_every")
-    ),
+    *(("correct", key) for key in ("peak_lr", *_TRAINING)),
+    *(("distill", key) for key in _TRAINING),
     *(("onpolicy", key) for key in ("lr", "warmup_steps", "answers", "inner_epochs")),
 )
+# of the teacher's own peak learning rate: the paper's fifth for all weights; what is fewer moves further, as measured
+CORRECTION_LR = {"full": 0.2, "lora": 2.0, "norms": 5.0}
 
 
 def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: int, processes: int = 1) -> Recipe:
@@ -296,6 +329,7 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     at least. batch: so that there are 400 steps, also theirs, between 8 and 768 rows, an equal share for each of the
     processes. lr: 1e-4 at hidden 4096, inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most. A
     round of answers is four steps', as MiniLLM's (256 of 64), which reads it four times; GKD's divergence is the JSD.
+    A correction, where one is asked for: see `_correction`.
     """
     context = _chosen(recipe.data, "context", min(4096, max_positions))
     if context > max_positions:
@@ -307,44 +341,82 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     rows = min(768, max(8, round(tokens / context / 400)))
     batch = _chosen(recipe.distill, "batch", -(-rows // processes) * processes)
     steps = max(1, round(tokens / (batch * context)))
-    lr = _chosen(recipe.distill, "lr", min(2e-3, round(1e-4 * 4096 / student.hidden, 6)))
+    lr = _chosen(recipe.distill, "lr", _usual_lr(student))
     fitting = max(1, 2**23 // (teacher.hidden * context))  # activations of a forward pass stay small beside the weights
-    share = max(1, batch // processes)  # rows of a step for each process
-    method, mixes = recipe.distill.method, recipe.distill.method in ON_POLICY and recipe.onpolicy.share < 1
-    most = max(1, share // 2) if mixes else share  # a step of two kinds of rows has two micro-batches at least
-    micro_batch = max(rows for rows in range(1, most + 1) if share % rows == 0 and rows <= fitting)
+    mixes = recipe.distill.method in ON_POLICY and recipe.onpolicy.share < 1  # a step has two kinds of micro-batches
     distill = {
         "tokens": tokens,
         "batch": batch,
-        "micro_batch": micro_batch,
+        "micro_batch": _micro_batch(batch, processes, fitting, kinds=2 if mixes else 1),
         "lr": lr,
         "min_lr": lr / 10,
         "warmup_steps": min(40, steps // 10),
         "eval_every": max(1, min(500, steps // 10)),
         "save_every": max(1, min(500, steps // 10)),
     }
-    if method == "gkd":
+    if recipe.distill.method == "gkd":
         distill["divergence"] = "jsd"
-    own = max(1, round(recipe.onpolicy.share * batch))  # answers of a step
+    rows = processes * _chosen(recipe.distill, "micro_batch", distill["micro_batch"])
+    own = max(1, round(recipe.onpolicy.share * (batch // rows))) * rows  # answers of a step
     onpolicy = {
         "lr": lr / 10,
         "warmup_steps": min(10, steps // 20),
         "answers": 4 * own,
-        "inner_epochs": 4 if method == "minillm" else 1,
+        "inner_epochs": 4 if recipe.distill.method == "minillm" else 1,
     }
+    correct = {}
+    if recipe.correct.mode != "off":
+        correct = _correction(recipe.correct, teacher, tokens=tokens, batch=batch, context=context)
+        correct["micro_batch"] = _micro_batch(_chosen(recipe.correct, "batch", batch), processes, fitting)
     return recipe.model_copy(
         update={
             "data": _filled(recipe.data, {"context": context}),
             "importance": _filled(recipe.importance, {"batch_size": fitting}),
+            "correct": _filled(recipe.correct, correct),
             "distill": _filled(recipe.distill, distill),
             "onpolicy": _filled(recipe.onpolicy, onpolicy),
         }
     )
 
 
-def derived(recipe: Recipe) -> dict[str, int | float]:
-    """The numbers that `resolve` fills, by their dotted keys."""
-    return {f"{section}.{key}": getattr(getattr(recipe, section), key) for section, key in DERIVED}
+def _correction(correct: Correct, teacher: Shape, *, tokens: int, batch: int, context: int) -> dict[str, Any]:
+    """The numbers of a correction, after arXiv 2408.11796, from tokens and batch of the distillation.
+
+    peak_lr: a checkpoint does not tell; the house's rule, at the teacher's hidden size. lr: a share of it, by mode.
+    min_lr: a tenth of peak_lr, as a first training ends. tokens: a quarter of the distillation's, about the paper's
+    100B of 380B. warmup_steps: 120, fewer where that were more than a tenth of the steps.
+    """
+    peak = _chosen(correct, "peak_lr", _usual_lr(teacher))
+    lr = _chosen(correct, "lr", peak * CORRECTION_LR[correct.mode])
+    tokens = _chosen(correct, "tokens", max(1, tokens // 4))
+    batch = _chosen(correct, "batch", batch)
+    steps = max(1, round(tokens / (batch * context)))
+    return {
+        "peak_lr": peak,
+        "tokens": tokens,
+        "batch": batch,
+        "lr": lr,
+        "min_lr": min(lr, peak / 10),
+        "warmup_steps": min(120, steps // 10),
+        "eval_every": max(1, min(500, steps // 10)),
+        "save_every": max(1, min(500, steps // 10)),
+    }
+
+
+def _usual_lr(shape: Shape) -> float:
+    return min(2e-3, round(1e-4 * 4096 / shape.hidden, 6))
+
+
+def _micro_batch(batch: int, processes: int, fitting: int, *, kinds: int = 1) -> int:
+    share = max(1, batch // processes)  # rows of a step for each process
+    most = max(1, share // kinds)
+    return max(rows for rows in range(1, most + 1) if share % rows == 0 and rows <= fitting)
+
+
+def derived(recipe: Recipe) -> dict[str, Any]:
+    """The numbers that `resolve` fills, by their dotted keys; those of a correction where there is one."""
+    sections = {section for section, _ in DERIVED if section != "correct" or recipe.correct.mode != "off"}
+    return {f"{name}.{key}": getattr(getattr(recipe, name), key) for name, key in DERIVED if name in sections}
 
 
 def _chosen(section: Section, key: str, derived: Any) -> Any:

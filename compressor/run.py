@@ -221,6 +221,8 @@ class Run:
         self.scores = self.folder / "scores.safetensors"
         self.shape = self.folder / "shape.json"
         self.pruned = self.folder / "pruned"
+        self.correction = self.folder / "correction"
+        self.corrected = self.folder / "corrected"
         self.checkpoints = self.folder / "checkpoints"
         self.student = self.folder / "student"
         self.evaluation = self.folder / "evaluation.json"

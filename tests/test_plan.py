@@ -221,3 +221,28 @@ def test_no_teacher_is_counted_where_none_is_loaded():
     targets = 1_000_000 + 32 * 512
     assert cache.disk_bytes == targets * (64 * (4 + 2) + 4 + 32 * 4 + 4)  # this vocabulary takes 32 bits
     assert cache.flops == targets * teacher.flops_per_token(256)
+
+
+def test_a_correction_is_planned_where_it_is_asked_for():
+    from compressor import teacher
+    from compressor.recipe import Correct
+
+    shape, student = shape_of("llama-3.1-8b"), shape_of("llama-3.1-minitron-4b-width")
+    assert "correct" not in stages(shape, student)
+    found = {}
+    for mode in ("full", "lora", "norms"):
+        correct = {"mode": mode, "tokens": 1_000_000, "batch": 16, "micro_batch": 2, "eval_every": 1000}
+        asked = build(recipe().model_dump() | {"correct": correct})
+        [found[mode]] = [
+            stage
+            for stage in planning.estimate(asked, teacher=shape, student=student, rate=RATE)
+            if stage.name == "correct"
+        ]
+        tiny = tiny_model()
+        counted = planning.trained_parameters(Shape.from_config(tiny.config.to_dict()), Correct(mode=mode))
+        model = teacher.MODES[mode](tiny, Correct(mode=mode))
+        assert counted == sum(weight.numel() for weight in model.parameters() if weight.requires_grad), mode
+    assert found["full"].memory_bytes > 16 * shape.parameters
+    assert found["norms"].memory_bytes < found["lora"].memory_bytes < 6 * shape.parameters
+    heldout = 2 * 32 * 512 * shape.flops_per_token(256)
+    assert (found["full"].flops - heldout) * 2 == (found["lora"].flops - heldout) * 3

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "cache", "distill", "evaluate", "export", "package", "plan"]
 
+TRAINING = ("correct", "start", "distill")  # stages in which all processes take part
 PATIENCE_SECONDS = 600  # that other processes wait for the first one to open the run folder
 
 
@@ -70,6 +71,8 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
             if recipe.distill.method in recipes.ON_POLICY:
                 onpolicy.check(recipe.distill, recipe.onpolicy)
                 job.prompts("heldout", 1)
+        if run.done("distill") is None and _wanted("correct", recipe):
+            check(**job.correcting, section="correct")
         _open(run, recipe, job.teacher)
         fresh = False
         for name, stage in STAGES.items():
@@ -102,6 +105,8 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
 def _wanted(stage: str, recipe: Recipe) -> bool:
     """Whether the recipe has the stage."""
     settings = recipe.distill
+    if stage == "correct":
+        return recipe.correct.mode != "off"
     if stage == "answers":
         return settings.method == "seqkd"
     if stage == "start":
@@ -126,6 +131,8 @@ def cache(recipe: Recipe | dict[str, Any], *, out: Path | str, say: Say = quiet)
         )
     distill = recipe.distill.model_copy(update={"cache": str(out)})
     job = _job(recipe.model_copy(update={"distill": distill}), out, say)
+    if _wanted("correct", job.recipe):
+        say(f"correct     {learning.correct(job)}")
     say(f"cache       {learning.cache(job)}")
     return job.facts
 
@@ -232,24 +239,22 @@ def _check_ids(job: Job) -> None:
 
 
 def _assist(job: Job) -> dict[str, Any]:
-    """What every process but the first does: wait until the student is cut, and train along.
+    """What every process but the first does: wait until there is something to train, and train along.
 
     The launcher ends us if the first process fails. Raises UserError where its run folder never comes into sight.
     """
-    started = time.monotonic()
-    ready = next(name for name in ("answers", "cache", "surgery") if _wanted(name, job.recipe))
-    for name, stage in (("start", learning.start), ("distill", learning.distill_student)):
-        if not _wanted(name, job.recipe):
-            continue
-        _await(job, ready, started)
-        if job.run.done(name) is None:
-            stage(job)
-        ready = name
+    order = [name for name in STAGES if _wanted(name, job.recipe)]
+    for name in TRAINING:
+        if name in order:
+            _wait(job, order[order.index(name) - 1])
+            if job.run.done(name) is None:
+                STAGES[name](job)
     return {}
 
 
-def _await(job: Job, stage: str, started: float) -> None:
-    """Wait for the first process to finish a stage."""
+def _wait(job: Job, stage: str) -> None:
+    """Until the first process has done the stage."""
+    started = time.monotonic()
     while job.run.done(stage) is None:
         if not job.run.recipe.exists() and time.monotonic() - started > PATIENCE_SECONDS:
             raise UserError(

@@ -72,6 +72,30 @@ class Job:
         return replace(self, recipe=recipe)
 
     @property
+    def correction(self) -> Path:
+        """Where the teacher's correction keeps its checkpoints and what came out: beside a cache that is made of it."""
+        return self._beside_cache(self.run.correction)
+
+    @property
+    def corrected(self) -> Path:
+        """Where the corrected teacher is; there is none where correcting did not help."""
+        return self._beside_cache(self.run.corrected)
+
+    def _beside_cache(self, path: Path) -> Path:
+        asked = self.recipe.distill
+        if asked.cache is None or asked.signal == "online" or asked.method != "kl":
+            return path
+        return Path(f"{asked.cache}-{path.name}")
+
+    @property
+    def taught_by(self) -> Checkpoint:
+        """The teacher that the student learns from: the corrected one, where correcting it helped."""
+        from ..checkpoint import Checkpoint
+
+        wanted = self.recipe.correct.mode != "off" and self.corrected.is_dir()
+        return Checkpoint(self.corrected) if wanted else self.teacher
+
+    @property
     def data(self) -> dict[str, Any]:
         """How this run reads its data, for every function of compressor.data."""
         section = self.recipe.data
@@ -90,7 +114,7 @@ class Job:
         settings = self.recipe.distill
         assert settings.signal != "online"
         return fingerprint(
-            teacher=self.teacher.fingerprint(),
+            teacher=self.taught_by.fingerprint(),
             tokenizer=self.tokenizer,
             kind=settings.signal,
             keep=settings.keep,
@@ -110,22 +134,35 @@ class Job:
     @cached_property
     def batches(self) -> Any:
         """The rows to train on."""
-        from ..data import Blocks
-
-        sizes = {"context": self.recipe.data.context, "group": self.recipe.distill.micro_batch}
-        return Blocks(self.learned_from, self.tokenizer, **sizes, **self.data)
+        return self._rows(self.learned_from, self.recipe.distill.micro_batch)
 
     @cached_property
     def heldout(self) -> Any:
         """The batches of the held-out loss."""
+        return self._heldout(self.learned_from, self.recipe.distill.micro_batch)
+
+    @cached_property
+    def correcting(self) -> dict[str, Any]:
+        """Rows, held-out batches and settings of the teacher's correction: the data themselves, not its answers."""
+        section = self.recipe.correct
+        return {
+            "batches": self._rows(self.source, section.micro_batch),
+            "heldout": self._heldout(self.source, section.micro_batch),
+            "settings": section.training(self.recipe.distill),
+        }
+
+    def _rows(self, source: str, micro_batch: int) -> Any:
+        from ..data import Blocks
+
+        sizes = {"context": self.recipe.data.context, "group": micro_batch}
+        return Blocks(source, self.tokenizer, **sizes, **self.data)
+
+    def _heldout(self, source: str, micro_batch: int) -> Any:
         from ..data import heldout_batches
 
-        settings = self.recipe.distill
-        sizes = {"limit": settings.heldout_rows, "batch_size": settings.micro_batch}
+        sizes = {"limit": self.recipe.distill.heldout_rows, "batch_size": micro_batch}
         with progress("held-out rows", unit="rows"):
-            return heldout_batches(
-                self.learned_from, self.tokenizer, context=self.recipe.data.context, **sizes, **self.data
-            )
+            return heldout_batches(source, self.tokenizer, context=self.recipe.data.context, **sizes, **self.data)
 
     def prompts(self, part: str, count: int) -> tuple[list[list[int]], list[str]]:
         """`count` prompts of the data's part as token ids, or as many as there are, and what the data answer."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..progress import progress
 from ..recipe import ON_POLICY
-from ..run import RANK, staged
+from ..run import RANK, check_about, read_json, staged, write_json
 from .job import Job, public_name
 
 if TYPE_CHECKING:
@@ -15,6 +15,58 @@ if TYPE_CHECKING:
     from ..train import Judge, TrainResult
 
 DEEP_CUT = 1 / 3  # of the layers, from which on hidden states are matched: Minitron saw a gain at a half
+
+
+OUTCOME = "correction.json"  # written last: with it, a correction is finished
+
+
+def correct(job: Job) -> str:
+    """Fine-tune the whole teacher on the data, and keep it for the student to learn from if that made it better."""
+    from .. import teacher
+    from ..distill import distillation_loss
+
+    settings, given = job.recipe.correct, job.correcting
+    training = given["settings"]
+    about = {
+        "teacher": job.teacher.fingerprint(),
+        "source": public_name(job.source),
+        "context": job.recipe.data.context,
+        "seed": job.recipe.seed,
+        "correct": settings.model_dump(),
+    }
+    if (path := job.correction / OUTCOME).is_file():  # finished by a process that was then ended, or for the cache
+        outcome = read_json(path)
+        check_about(job.correction, outcome, about)
+    else:
+        result = teacher.correct(
+            job.teacher.folder,
+            loss=distillation_loss(None, settings=training, vocab=job.vocab),
+            batches=given["batches"],
+            heldout=given["heldout"],
+            settings=settings,
+            training=training,
+            folder=job.correction,
+            out=job.corrected,
+            seed=job.recipe.seed,
+        )
+        outcome = {
+            "about": about,
+            "mode": settings.mode,
+            "used": result.best_folder is not None,
+            "before": result.first_heldout,
+            "after": result.best_heldout,
+            "tokens": result.tokens,
+            "seconds": round(result.seconds, 2),
+        }
+        if RANK == 0:
+            write_json(path, outcome)
+    job.facts = {key: outcome[key] for key in ("mode", "used", "before", "after", "tokens", "seconds")}
+    if not outcome["used"]:
+        return (
+            f"no better than {outcome['before']:.4f} on held-out data, so the teacher stays as it was; "
+            "lower correct.lr or raise correct.tokens"
+        )
+    return f"{settings.mode}: teacher's held-out loss {outcome['before']:.4f} -> {outcome['after']:.4f}"
 
 
 def answers(job: Job) -> str:
@@ -29,10 +81,10 @@ def answers(job: Job) -> str:
     with progress("answers", total=settings.prompts, unit="prompts") as advance:
         index = generate(
             job.answers,
-            lambda: TorchRuntime(job.teacher.folder, batch_size=job.recipe.evaluate.batch_size),
+            lambda: TorchRuntime(job.taught_by.folder, batch_size=job.recipe.evaluate.batch_size),
             stream,
             job.tokenizer,
-            about={"teacher": job.teacher.fingerprint(), "source": public_name(job.source)},
+            about={"teacher": job.taught_by.fingerprint(), "source": public_name(job.source)},
             count=settings.prompts,
             context=job.recipe.data.context,
             max_new_tokens=settings.max_new_tokens,
@@ -86,10 +138,10 @@ def cache(job: Job) -> str:
 
 
 def teacher_of(job: Job) -> Any:
-    """The teacher, loaded and frozen."""
+    """The teacher to learn from, loaded and frozen."""
     from .. import teacher
 
-    return teacher.load(job.teacher.folder)
+    return teacher.load(job.taught_by.folder)
 
 
 def _signal(job: Job, settings: Distill) -> Any:

@@ -9,7 +9,7 @@ from ..errors import CheckFailed, UserError
 from ..progress import progress
 from ..run import Run, staged, write_json
 from .job import Job, public_name
-from .learning import answers, cache, distill_student, start
+from .learning import answers, cache, correct, distill_student, start
 from .subject import Subject, suites_of
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ def report(job: Job) -> str:
 STAGES: dict[str, Callable[[Job], str]] = {
     "importance": importance,
     "surgery": surgery,
+    "correct": correct,
     "answers": answers,
     "cache": cache,
     "start": start,

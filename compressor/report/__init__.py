@@ -81,11 +81,16 @@ def build(
         "shape": {"teacher": shape["teacher"], "student": shape["student"]},
         "kept": shape.get("kept"),
         "samples": _samples(evaluation),
+        "correction": _correction(stages.get("correct")),
         "exports": exports or [],
         "versions": facts.get("versions", {}),
         "seeds": facts.get("seeds", {}),
         "fingerprints": facts.get("fingerprints", {}),
     }
+
+
+def _correction(mark: dict[str, Any] | None) -> dict[str, Any] | None:
+    return mark and {key: mark[key] for key in ("mode", "used", "before", "after", "tokens")}
 
 
 def _model(result: dict[str, Any]) -> dict[str, Any]:
@@ -287,6 +292,8 @@ def render_markdown(report: dict[str, Any]) -> str:
     recovered = [[k, percent(v)] for k, v in report["recovery"]["skills"].items() if v is not None]
     if recovered:
         parts += ["## Recovered (student / teacher)", markdown_table(["skill", "share"], recovered)]
+    if report["correction"]:
+        parts += ["## Teacher correction", correction_line(report["correction"])]
     if report["exports"]:
         parts += ["## Exports", markdown_table(EXPORT_HEADER, export_rows(report))]
         parts += [f"{_cell(one['failed'])}." for one in report["exports"] if one.get("failed")]
@@ -352,6 +359,20 @@ def generation_rows(found: dict[str, Any]) -> list[list[str]]:
     for at in found["exposure_bias"] or []:
         rows.append([f"excess accumulated error, {at['length']} tokens", f"{at['ex_acc_err']:+.1f} %", "-", "-"])
     return rows
+
+
+def correction_line(correction: dict[str, Any]) -> str:
+    """What correcting the teacher did, in a sentence or two."""
+    tokens = f"{correction['mode']}, {correction['tokens']:,} tokens"
+    if not correction["used"]:
+        return (
+            f"The teacher was trained on the data first ({tokens}), but never had less than {correction['before']:.4f} "
+            "nats a held-out token; the student learned from it as it was."
+        )
+    return (
+        f"The student learned from the teacher after it was trained on the data ({tokens}): cross-entropy on held-out "
+        f"data {correction['before']:.4f} -> {correction['after']:.4f} nats a token. The teacher above is as it was."
+    )
 
 
 def kept_lines(kept: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from html import escape
 from typing import Any
 
 from ..units import duration
-from . import EXPORT_HEADER, MODELS, export_rows, headline, kept_lines, model_rows, percent, shape_rows
+from . import EXPORT_HEADER, MODELS, correction_line, export_rows, headline, kept_lines, model_rows, percent, shape_rows
 from .plots import exports_plot, loss_plot, shape_plot, skills_plot
 
 STYLE = """
@@ -79,6 +79,7 @@ def render_html(report: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
         _card("Skills, with 95 % intervals", skills_plot(report)),
         _card("Loss against tokens", loss_plot(metrics)),
         _card("Teacher, pruned and student", _models(report), wide=True),
+        _card("Teacher correction", _correction(report["correction"]) if report["correction"] else None, wide=True),
         _card("Exports", _exports(report) if report["exports"] else None, wide=True),
         _card("Shape, side by side", shape_plot(report)),
         _card("Sizes", _table(["", "teacher", "student"], shape_rows(report))),
@@ -111,6 +112,10 @@ def _cell(text: str) -> str:
     """An interval goes below its score: that keeps four columns on a phone."""
     value, bracket, rest = escape(text).partition(" (")
     return f"{value} <small>({rest}</small>" if bracket and rest[:1].isdigit() else escape(text)
+
+
+def _correction(correction: dict[str, Any]) -> str:
+    return f'<p class="note">{escape(correction_line(correction))}</p>'
 
 
 def _models(report: dict[str, Any]) -> str:

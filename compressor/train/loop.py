@@ -72,8 +72,9 @@ def train(
     supply: Supply | None = None,
     judge: Judge | None = None,
     row_tokens: float | None = None,
+    section: str = "distill",
 ) -> TrainResult:
-    """Train `model` (its weights are made float32) and return how it went; run again after a kill, it continues.
+    """Train `model` (what trains is made float32) and return how it went; run again after a kill, it continues.
 
     `batches` yields rows (T,) endlessly, and the same ones from the start each time it is iterated;
     `heldout` holds collated batches. `settings` has the fields of recipe.Distill; its `tokens`
@@ -84,21 +85,25 @@ def train(
     resumed run ends in the same bits. `beside` holds parameters that the loss trains with the student's and that no
     student is saved with; `supply` makes batches of the student's own answers; `judge` chooses the best checkpoint
     instead of the held-out loss, and ends training where the student's writing has run away; `row_tokens` is the mean
-    length of a row where `batches` do not tell it.
+    length of a row where `batches` do not tell it. Where parameters of `model` are frozen, checkpoints hold the others
+    alone. `section` is the recipe's, for errors and the bar.
     Raises UserError for settings that do not fit together, empty data and a full disk.
     """
-    steps = check(batches=batches, heldout=heldout, settings=settings, row_tokens=row_tokens)
+    steps = check(batches=batches, heldout=heldout, settings=settings, section=section, row_tokens=row_tokens)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(settings, steps=steps, folder=folder, seed=seed, best=judge.best if judge else "loss")
     if arguments.should_save:
         for leftover in [*folder.glob(".checkpoint-*.part"), *folder.glob(".checkpoint-*.old")]:
             shutil.rmtree(leftover)
-    student: Any = model.float()
+    student: Any = model
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if settings.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     board, last = TensorBoardCallback(), last_checkpoint(folder)
     board.logging_dir = str(folder / "tensorboard")
-    with _quiet(), progress("distill", total=steps, unit="steps") as advance:
+    with _quiet(), progress(section, total=steps, unit="steps") as advance:
         trainer = Trainer(
             student,
             loss=loss,
@@ -158,6 +163,7 @@ def check(
     batches: torch.utils.data.IterableDataset,
     heldout: Sequence[Batch],
     settings: Any,
+    section: str = "distill",
     row_tokens: float | None = None,
 ) -> int:
     """The number of optimizer steps that `train` would take with the same arguments, on as many processes as now.
@@ -170,30 +176,31 @@ def check(
     if len(heldout) < world:
         raise UserError(
             f"there are {len(heldout)} held-out batches for {world} processes; expected one each; "
-            "raise distill.heldout_rows or lower distill.micro_batch"
+            f"raise distill.heldout_rows or lower {section}.micro_batch"
         )
     if settings.min_lr > settings.lr:
         raise UserError(
-            f"distill.min_lr is {settings.min_lr}; expected at most distill.lr, {settings.lr}; lower distill.min_lr"
+            f"{section}.min_lr is {settings.min_lr}; expected at most {section}.lr, {settings.lr}; "
+            f"lower {section}.min_lr"
         )
     per_step = settings.micro_batch * world
     if settings.batch % per_step:
         raise UserError(
-            f"distill.batch is {settings.batch} rows, and {world} process(es) take "
+            f"{section}.batch is {settings.batch} rows, and {world} process(es) take "
             f"{settings.micro_batch} each at a time; expected a multiple of {per_step}; "
-            "change distill.batch or distill.micro_batch"
+            f"change {section}.batch or {section}.micro_batch"
         )
     row_tokens = row_tokens or mean_length(batches)
     steps = int(round(settings.tokens / (row_tokens * settings.batch), 6))
     if not steps:
         raise UserError(
-            f"distill.tokens is {settings.tokens}, but one step takes about {row_tokens * settings.batch:.0f} "
-            f"({settings.batch} rows); expected at least one step; raise distill.tokens or lower distill.batch"
+            f"{section}.tokens is {settings.tokens}, but one step takes about {row_tokens * settings.batch:.0f} "
+            f"({settings.batch} rows); expected at least one step; raise {section}.tokens or lower {section}.batch"
         )
     if settings.warmup_steps >= steps:
         raise UserError(
-            f"distill.tokens pays for {steps} steps and distill.warmup_steps is {settings.warmup_steps}; "
-            "expected fewer warm-up steps than steps; raise distill.tokens or lower distill.warmup_steps"
+            f"{section}.tokens pays for {steps} steps and {section}.warmup_steps is {settings.warmup_steps}; "
+            f"expected fewer warm-up steps than steps; raise {section}.tokens or lower {section}.warmup_steps"
         )
     return steps
 

@@ -266,7 +266,7 @@ class Trainer(transformers.Trainer):
         self.state.best_model_checkpoint = str(best) if self.state.best_global_step else None
         if self.args.should_save:
             # Weights in float32 and the two moments of AdamW, with a little room.
-            require_space(folder, 13 * sum(parameter.numel() for parameter in self.student.parameters()))
+            require_space(folder, 13 * sum(p.numel() for p in self.student.parameters() if p.requires_grad))
         with staged(final) if self.args.should_save else contextlib.nullcontext() as aside:
             place = [str(aside)]
             if self.args.world_size > 1:
@@ -289,12 +289,16 @@ class Trainer(transformers.Trainer):
         self._last_log += time.perf_counter() - begun
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The student alone, as stock transformers would save it."""
+        """The student alone, as stock transformers would save it; of a partly frozen one, what is trained."""
         if self.args.should_save:
             found = {} if state_dict is None else state_dict  # gathered from shards, under the names of the wrapper
             mine = {name.removeprefix("student."): found[name] for name in found if name.startswith("student.")}
             student: Any = self.student
-            student.save_pretrained(output_dir, state_dict=mine or None)
+            if frozen := _frozen(student):  # as they were found: whoever resumes has them
+                trained = {name: value for name, value in (mine or student.state_dict()).items() if name not in frozen}
+                save_file(trained, Path(str(output_dir)) / "model.safetensors")
+            else:
+                student.save_pretrained(output_dir, state_dict=mine or None)
             if self.objective.beside is not None:
                 beside = {name.removeprefix("beside."): found[name] for name in found if name.startswith("beside.")}
                 folder = Path(str(output_dir)) / BESIDE
@@ -302,7 +306,7 @@ class Trainer(transformers.Trainer):
                 save_file(beside or self.objective.beside.state_dict(), folder / "model.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        missing = set(self.student.state_dict())
+        missing = set(self.student.state_dict()) - _frozen(self.student)
         for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
             result = self.student.load_state_dict(load_file(file), strict=False)
             missing &= set(result.missing_keys)
@@ -315,6 +319,12 @@ class Trainer(transformers.Trainer):
         if self.supply is not None:
             step = checkpoint_step(Path(resume_from_checkpoint))
             self.supply.load(Path(resume_from_checkpoint) / BESIDE, step=step)
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """Names of the parameters that are not trained."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad}
 
 
 def last_checkpoint(folder: Path) -> Path | None:

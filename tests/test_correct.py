@@ -1,0 +1,349 @@
+"""The teacher's correction: what each mode trains and writes, kills, and how a run learns from what came out."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from models import save_tiny
+from safetensors.torch import load_file
+from test_pipeline import read_lines, recipe, same, weights, without, write_texts
+from test_train import Rows, first_rows, settings
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import compressor
+from compressor import recipe as recipes
+from compressor import teacher
+from compressor.checkpoint import Checkpoint
+from compressor.data import collate, targets
+from compressor.distill import distillation_loss
+from compressor.errors import UserError
+from compressor.recipe import Correct
+from compressor.run import read_json
+
+MODES = ("full", "lora", "norms")
+LR = {"full": 3e-3, "lora": 3e-2, "norms": 3e-2}
+STEPS = 12
+
+
+def heldout():
+    return [collate(first_rows(4, seed=9)), collate(first_rows(2, seed=8))]
+
+
+def run(home, mode, *, dies_after=None, model="teacher", **changes):
+    """Correct the teacher in `home`, in this process; `dies_after` so many losses it is interrupted."""
+    usual = {"tokens": 64 * STEPS + 40, "batch": 8, "micro_batch": 4, "eval_every": 2, "lr": LR[mode]}
+    training = settings(**(usual | changes))
+    plain, calls = distillation_loss(None, settings=training, vocab=259), []
+
+    def loss(model, batch):
+        calls.append(True)
+        if len(calls) == dies_after:
+            raise KeyboardInterrupt
+        return plain(model, batch)
+
+    return teacher.correct(
+        home / model,
+        loss=loss,
+        batches=Rows(),
+        heldout=heldout(),
+        settings=Correct(mode=mode, lora_rank=4, lora_alpha=8.0),
+        training=training,
+        folder=home / "correction",
+        out=home / "corrected",
+        seed=3,
+    )
+
+
+@pytest.fixture(scope="module", params=MODES)
+def corrected(request, tmp_path_factory):
+    """(mode, result, home) of one complete correction."""
+    home = tmp_path_factory.mktemp(request.param)
+    save_tiny(home / "teacher")
+    return request.param, run(home, request.param), home
+
+
+def trains(mode, name):
+    """Whether a mode changes the tensor of this name."""
+    norm, linear = name.endswith("norm.weight"), "_proj." in name
+    return {"full": True, "lora": linear, "norms": norm}[mode]
+
+
+def test_each_mode_trains_what_it_says_and_the_teacher_gets_better(corrected):
+    mode, result, home = corrected
+    assert result.status == "ok"
+    assert result.best_heldout < 0.98 * result.first_heldout
+    before, after = weights(home / "teacher"), weights(home / "corrected")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]) != trains(mode, name), name
+
+
+def test_the_corrected_teacher_is_a_stock_folder_as_good_as_the_best_checkpoint(corrected):
+    _, result, home = corrected
+    model = AutoModelForCausalLM.from_pretrained(home / "corrected", trust_remote_code=False)
+    loss = distillation_loss(None, settings=settings(), vocab=259)
+    with torch.no_grad():
+        total = sum(float(loss(model, batch).loss) for batch in heldout())
+    assert total / sum(int(targets(batch).sum()) for batch in heldout()) == pytest.approx(result.best_heldout, rel=1e-5)
+    before, after = (AutoTokenizer.from_pretrained(home / name) for name in ("teacher", "corrected"))
+    assert before.get_vocab() == after.get_vocab()
+    assert (home / "corrected" / "generation_config.json").exists()
+    assert not [path.name for path in home.iterdir() if path.name.endswith((".part", ".old"))]
+
+
+def test_checkpoints_hold_no_frozen_weight(corrected):
+    mode, result, home = corrected
+    saved = load_file(home / "correction" / f"checkpoint-{result.steps}" / "model.safetensors")
+    all_of_it = sum(tensor.numel() for tensor in weights(home / "teacher").values())
+    count = sum(tensor.numel() for tensor in saved.values())
+    if mode == "full":
+        assert count == all_of_it
+        return
+    # rank 4 on every projection of 3 layers: rank x (in + out); two norms a layer and the last one
+    assert count == {"lora": 3 * 4 * (2 * (48 + 96) + 2 * (48 + 32) + 3 * (48 + 80)), "norms": 7 * 48}[mode]
+    assert all("lora_" in name or name.endswith("norm.weight") for name in saved)
+
+
+def test_a_correction_that_was_cut_ends_in_the_same_bits(corrected, tmp_path):
+    mode, result, home = corrected
+    shutil.copytree(home / "teacher", tmp_path / "teacher")
+    for dies_after in (15, 15):  # a held-out loss is two calls, a step two more
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, mode, dies_after=dies_after)
+    assert (tmp_path / "correction" / "metrics.jsonl").exists()
+    assert not (tmp_path / "corrected").exists()
+    again = run(tmp_path, mode)
+    assert again.best_heldout == result.best_heldout
+    assert same(weights(home / "corrected"), weights(tmp_path / "corrected"))
+    assert run(tmp_path, mode).steps == STEPS  # finished: nothing is trained again
+    assert same(weights(home / "corrected"), weights(tmp_path / "corrected"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_half_precision_is_written_as_it_came_and_trained_in_bf16_beside_float32(mode, tmp_path):
+    save_tiny(tmp_path / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "teacher")
+    result = run(tmp_path, mode, precision="bf16")
+    assert result.best_folder is not None
+    assert {tensor.dtype for tensor in weights(tmp_path / "corrected").values()} == {torch.bfloat16}
+    saved = load_file(result.best_folder / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("mode", "lr"), [("full", 30.0), ("lora", 1e30), ("norms", 1e3)])
+def test_what_gets_worse_is_not_written(mode, lr, tmp_path):
+    save_tiny(tmp_path / "teacher")
+    result = run(tmp_path, mode, lr=lr, min_lr=0.0, warmup_steps=0)
+    assert result.status in ("worse", "not_finite")
+    assert result.best_folder is None
+    assert not (tmp_path / "corrected").exists()
+
+
+def test_a_tied_head_is_corrected_with_its_embedding(tmp_path):
+    save_tiny(tmp_path / "teacher", tie_word_embeddings=True)
+    for mode in ("full", "lora"):
+        shutil.rmtree(tmp_path / "correction", ignore_errors=True)
+        result = run(tmp_path, mode)
+        assert result.best_folder is not None
+        assert "lm_head.weight" not in weights(tmp_path / "corrected")
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def resolved(**correct):
+    from compressor.shape import Shape
+
+    shape = Shape("llama", 32, 4096, 14336, 32, 8, 128, 128256, False)
+    values = {"target": "50%", "correct": correct, "distill": {"tokens": 400_000_000}}
+    return recipes.resolve(recipes.build(values), teacher=shape, student=shape, max_positions=4096)
+
+
+def test_the_defaults_are_the_papers_at_this_size():
+    found = resolved(mode="full").correct
+    distill = resolved(mode="full").distill
+    assert (found.peak_lr, found.lr, found.min_lr) == (1e-4, pytest.approx(2e-5), pytest.approx(1e-5))
+    assert (found.batch, found.tokens) == (distill.batch, 100_000_000)
+    assert found.warmup_steps == min(120, round(100_000_000 / (found.batch * 4096)) // 10)
+    lr = {mode: resolved(mode=mode).correct.lr for mode in MODES}
+    assert lr == pytest.approx({"full": 2e-5, "lora": 2e-4, "norms": 5e-4})
+    assert resolved(mode="full", tokens=10**12).correct.warmup_steps == 120
+    assert resolved(mode="full", warmup_steps=7, lr=1e-6).correct.warmup_steps == 7
+    assert resolved(mode="full", lr=1e-6).correct.min_lr == 1e-6
+    assert resolved(mode="full", peak_lr=1e-3).correct.lr == pytest.approx(2e-4)
+    assert resolved(mode="full", batch=6).correct.batch % resolved(mode="full", batch=6).correct.micro_batch == 0
+
+
+def test_without_a_correction_nothing_is_derived_for_one():
+    assert resolved().correct == Correct()
+    assert not any(key.startswith("correct.") for key in recipes.derived(resolved()))
+    assert "correct.lr" in recipes.derived(resolved(mode="norms"))
+
+
+def test_a_bare_off_is_off_and_another_word_is_refused():
+    values: dict = {"target": "50%"}
+    recipes.set_value(values, "correct.mode=off")
+    assert recipes.build(values).correct.mode == "off"
+    with pytest.raises(UserError, match=r"correct\.mode.*'all'"):
+        recipes.build({"target": "50%", "correct": {"mode": "all"}})
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny(folder / "teacher")
+    write_texts(folder / "data.jsonl")
+    return folder
+
+
+def wanted(world, mode="full", **changes):
+    correct = {"mode": mode, "tokens": 2000, "lr": 3e-3, "warmup_steps": 1, "eval_every": 4, "save_every": 3}
+    little = {"tokens": 100, "prompts": 1}
+    return recipe(world, evaluate=little, **changes) | {"correct": correct}
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    """A run with a correction, its report, its lines, and which teacher each stage loaded."""
+    loaded, lines = [], []
+    load = teacher.load
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(teacher, "load", lambda folder, **options: loaded.append(folder) or load(folder, **options))
+        report = compressor.distill(wanted(world), out=world / "run", say=lines.append)
+    return world / "run", report, lines, loaded
+
+
+def test_importance_asks_the_teacher_as_it_was_and_the_student_learns_from_the_corrected_one(world, finished):
+    folder, report, lines, loaded = finished
+    assert [line.split()[0] for line in lines][:4] == ["importance", "surgery", "correct", "distill"]
+    assert loaded == [world / "teacher", folder / "corrected"]
+    assert report["fingerprints"]["teacher"] == Checkpoint(world / "teacher").fingerprint()
+    assert report["status"] == "done"
+
+
+def test_the_report_says_what_the_correction_did_and_compares_with_the_teacher_as_it_was(world, finished):
+    folder, report, _, _ = finished
+    found = report["correction"]
+    assert found["mode"] == "full"
+    assert found["used"] is True
+    assert found["after"] < 0.97 * found["before"]
+    assert 1500 <= found["tokens"] <= 2500
+    first = read_lines(folder / "correction" / "metrics.jsonl")[0]
+    assert found["before"] == first["heldout_loss"] == first["heldout_ce"]
+    again = compressor.evaluate(str(world / "teacher"), data=str(world / "data.jsonl"), tokens=500, prompts=1)
+    assert report["teacher"]["parameters"] == again["result"]["parameters"]
+    for page in ("report.md", "report.html"):
+        text = (folder / page).read_text()
+        assert "Teacher correction" in text
+        assert f"{found['before']:.4f}" in text
+
+
+def test_a_run_goes_on_after_its_correction_without_another(world, finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    (folder / "run.json").write_text(without(folder / "run.json", "correct", "distill", "evaluate", "report"))
+    shutil.rmtree(folder / "checkpoints")
+    monkeypatch.setattr(teacher, "correct", lambda *args, **options: pytest.fail("the teacher was corrected again"))
+    compressor.distill(wanted(world), out=folder)
+    assert same(weights(folder / "student"), weights(finished[0] / "student"))
+
+
+def test_a_correction_that_does_not_help_is_said_and_not_used(world, tmp_path):
+    values = wanted(world)
+    values["correct"] |= {"lr": 30.0, "min_lr": 30.0}
+    lines: list[str] = []
+    report = compressor.distill(values, out=tmp_path / "run", say=lines.append)
+    assert report["correction"]["used"] is False
+    assert any("the teacher stays as it was; lower correct.lr" in line for line in lines)
+    assert not (tmp_path / "run" / "corrected").exists()
+    del values["correct"]
+    compressor.distill(values, out=tmp_path / "plain")
+    assert same(weights(tmp_path / "run" / "student"), weights(tmp_path / "plain" / "student"))
+
+
+def test_a_cache_is_made_of_the_corrected_teacher_and_learned_from_without_another_correction(
+    world, tmp_path, monkeypatch
+):
+    values = wanted(world, "norms", distill={"signal": "topk"})
+    compressor.cache(values, out=tmp_path / "said")
+    about = read_json(tmp_path / "said" / "index.json")["about"]
+    assert about["teacher"] == Checkpoint(tmp_path / "said-corrected").fingerprint()
+    monkeypatch.setattr(teacher, "correct", lambda *args, **options: pytest.fail("the teacher was corrected again"))
+    values["distill"]["cache"] = str(tmp_path / "said")
+    report = compressor.distill(values, out=tmp_path / "run")
+    assert report["correction"]["used"] is True
+    values["correct"]["lr"] = 1e-3
+    with pytest.raises(UserError, match="made with another correct"):
+        compressor.distill(values, out=tmp_path / "other")
+
+
+def test_the_corrected_teacher_answers(world, tmp_path):
+    values = wanted(world, distill={"method": "seqkd", "prompts": 60, "max_new_tokens": 8})
+    compressor.distill(values, out=tmp_path / "run")
+    about = read_json(tmp_path / "run" / "answers" / "index.json")["about"]
+    assert about["teacher"] == Checkpoint(tmp_path / "run" / "corrected").fingerprint()
+    assert about["teacher"] != Checkpoint(world / "teacher").fingerprint()
+
+
+def test_settings_that_cannot_be_trained_with_are_told_by_their_own_names(world, tmp_path):
+    values = wanted(world)
+    values["correct"] |= {"batch": 3, "micro_batch": 2}
+    with pytest.raises(UserError, match=r"correct\.batch is 3 rows"):
+        compressor.distill(values, out=tmp_path / "run")
+    values = wanted(world)
+    values["correct"]["tokens"] = 10
+    with pytest.raises(UserError, match=r"correct\.tokens is 10"):
+        compressor.distill(values, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_for_good_in_the_middle_it_ends_in_the_same_bits(world, tmp_path, mode):
+    """A process that is killed while it corrects, and another one that goes on."""
+    values = wanted(world, mode)
+    code = (
+        "import json, sys, torch; torch.set_num_threads(1); import compressor\n"
+        f"compressor.distill(json.loads({json.dumps(json.dumps(values))}), out=sys.argv[1])"
+    )
+
+    def start(name):
+        return subprocess.Popen([sys.executable, "-c", code, str(tmp_path / name)], stderr=subprocess.PIPE)
+
+    calm, killed = start("calm"), start("killed")
+    while not list((tmp_path / "killed" / "correction").glob("checkpoint-*")) and killed.poll() is None:
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert "correct" not in read_json(tmp_path / "killed" / "run.json")["stages"]
+    again = start("killed")
+    for child in (calm, again):
+        _, errors = child.communicate(timeout=300)
+        assert child.returncode == 0, errors.decode()
+    for part in ("corrected", "student"):
+        assert same(weights(tmp_path / "calm" / part), weights(tmp_path / "killed" / part)), part
+
+
+def test_two_launched_processes_correct_as_one(world, finished, tmp_path):
+    import yaml
+
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(wanted(world)))
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "compressor.cli"]
+    line += ["distill", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *line], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = weights(tmp_path / "run" / "corrected"), weights(finished[0] / "corrected")
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=5e-4, msg=name)
+    assert json.loads(done.stdout)["correction"]["tokens"] == finished[1]["correction"]["tokens"]
