@@ -2,20 +2,28 @@
 
 A loss function maps (student, batch) to a *sum* over the batch's targets, never a mean, so that a step
 divides by the targets of the whole step: all micro-batches, all ranks. `loop` is the story, `trainer` the
-Trainer, `metrics` what is written and shown.
+Trainer, `whole` how its checkpoints get to disk, `metrics` what is written and shown.
 """
 
-from .loop import TrainResult, check, num_steps, train
-from .trainer import LossFunction, LossSum, Objective, Trainer, last_checkpoint
+from .loop import TrainResult, check, num_steps, quiet, train
+from .metrics import json_lines
+from .trainer import LastStepIsLogged, LossFunction, LossSum, Objective, Trainer
+from .whole import WholeCheckpoints, checkpoint_step, last_checkpoint, sweep
 
 __all__ = [
+    "LastStepIsLogged",
     "LossFunction",
     "LossSum",
     "Objective",
     "TrainResult",
     "Trainer",
+    "WholeCheckpoints",
     "check",
+    "checkpoint_step",
+    "json_lines",
     "last_checkpoint",
     "num_steps",
+    "quiet",
+    "sweep",
     "train",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +22,8 @@ from ..data import Batch, real_tokens, targets
 from ..errors import UserError
 from ..progress import progress
 from .metrics import Progress, metric_lines
-from .trainer import LossFunction, NotFiniteError, Trainer, checkpoint_step, last_checkpoint
+from .trainer import LossFunction, NotFiniteError, Trainer
+from .whole import checkpoint_step, last_checkpoint, sweep
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,13 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(settings, steps=steps, folder=folder, seed=seed)
     if arguments.should_save:
-        for leftover in [*folder.glob(".checkpoint-*.part"), *folder.glob(".checkpoint-*.old")]:
-            shutil.rmtree(leftover)
+        sweep(folder)
     student: Any = model.float()
     if settings.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     board, last = TensorBoardCallback(), last_checkpoint(folder)
     board.logging_dir = str(folder / "tensorboard")
-    with _quiet(), progress("distill", total=steps, unit="steps") as advance:
+    with quiet(), progress("distill", total=steps, unit="steps") as advance:
         trainer = Trainer(
             student,
             loss=loss,
@@ -225,7 +224,7 @@ def _arguments(settings: Any, *, steps: int, folder: Path, seed: int) -> Trainin
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' own talk and bars off the screen; ours is the only one."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
