@@ -109,6 +109,9 @@ def distill(
     cache: Annotated[
         str | None, typer.Option(metavar="DIR", help="A folder of compressor cache. [default: the run's]")
     ] = None,
+    align: Annotated[
+        str | None, typer.Option(metavar="STAGES", help="Align the student after: sft, dpo, or sft,dpo.")
+    ] = None,
     export: Annotated[
         str | None, typer.Option(metavar="FORMATS", help="Export the student too: onnx-int4,gguf-q8_0, ...")
     ] = None,
@@ -122,6 +125,8 @@ def distill(
     settings = [*(settings or [])]
     dials = {"method": method, "signal": signal, "cache": cache}
     settings += [f"distill.{key}={value}" for key, value in dials.items() if value is not None]
+    if align is not None:
+        settings.append(f"align.stages=[{align}]")
     if export is not None:
         settings.append(f"export.formats=[{export}]")
     if device is not None:

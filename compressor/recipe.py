@@ -98,6 +98,37 @@ class Distill(Section):
     chunk_tokens: int = Field(128, gt=0, description="tokens whose logits exist at one time")
 
 
+class Align(Section):
+    """What follows distillation: fine-tuning on chats, then preference tuning; nothing unless asked for."""
+
+    stages: list[Literal["sft", "dpo"]] = Field([], description="sft, dpo, or both in that order; empty: no alignment")
+    data: str | None = Field(None, description="chats for sft, as data.source, which they are unless given")
+    examples: int = Field(10_000, gt=0, description="chats that sft reads")
+    sft_epochs: int = Field(1, gt=0, description="times that sft reads them")
+    sft_lr: float = Field(2e-5, gt=0, description="peak learning rate of sft")
+    pairs: str | None = Field(
+        None, description="prompt, chosen, rejected: Hub id, JSONL, parquet; made from the models' answers unless given"
+    )
+    tasks: str | None = Field(
+        None, description="JSONL of tasks with checks that made pairs start from; the built-in ones unless given"
+    )
+    prompts: int = Field(4000, gt=0, description="tasks that made pairs start from")
+    samples: int = Field(
+        4, gt=0, description="answers that the student draws to each of them, beside the teacher's one"
+    )
+    temperature: float = Field(1.0, gt=0, description="at which it draws them")
+    max_new_tokens: int = Field(128, gt=0, description="longest answer; one that is cut is never preferred")
+    dpo_epochs: int = Field(1, gt=0, description="times that dpo reads the pairs")
+    dpo_lr: float = Field(5e-7, gt=0, description="peak learning rate of dpo")
+    beta: float = Field(0.1, gt=0, description="how tightly dpo holds the student to what it was")
+    nll_weight: float = Field(
+        0.1, ge=0, description="of the preferred answers' own loss beside dpo's, so that they do not become less likely"
+    )
+    batch: int = Field(32, gt=0, description="chats or pairs per optimizer step, over all processes")
+    micro_batch: int = Field(1, gt=0, description="chats or pairs per forward pass")
+    heldout: int = Field(128, gt=0, description="chats or pairs held out; of pairs a tenth at most")
+
+
 class Evaluate(Section):
     """How teacher, pruned model and student are judged."""
 
@@ -123,6 +154,7 @@ class Recipe(Section):
     data: Data = Field(default_factory=Data)  # pyright: ignore[reportArgumentType] - every field has a default
     importance: Importance = Field(default_factory=Importance)  # pyright: ignore[reportArgumentType]
     distill: Distill = Field(default_factory=Distill)  # pyright: ignore[reportArgumentType]
+    align: Align = Field(default_factory=Align)  # pyright: ignore[reportArgumentType]
     evaluate: Evaluate = Field(default_factory=Evaluate)  # pyright: ignore[reportArgumentType]
     export: Export = Field(default_factory=Export)  # pyright: ignore[reportArgumentType]
 
@@ -249,6 +281,7 @@ DERIVED = (
         ("distill", key)
         for key in ("tokens", "batch", "micro_batch", "lr", "min_lr", "warmup_steps", "eval_every", "save_every")
     ),
+    *(("align", key) for key in ("sft_lr", "dpo_lr", "micro_batch")),
 )
 
 
@@ -258,6 +291,8 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     tokens: half a token per parameter of the student, as Minitron's short retraining (1.8B tokens for 4B), a million
     at least. batch: so that there are 400 steps, also theirs, between 8 and 768 rows, an equal share for each of the
     processes. lr: 1e-4 at hidden 4096, inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most.
+    Alignment's rates follow the same rule from 2e-5 for SFT and 5e-7 for DPO, what 7B models are aligned with (Zephyr,
+    arXiv 2310.16944); a small student learns nothing from a large one's rate.
     """
     context = _chosen(recipe.data, "context", min(4096, max_positions))
     if context > max_positions:
@@ -283,18 +318,27 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
         "eval_every": max(1, min(500, steps // 10)),
         "save_every": max(1, min(500, steps // 10)),
     }
+    pairs = max(1, recipe.align.batch // processes)
+    width = 4096 / student.hidden
+    align = {
+        "sft_lr": min(1e-3, round(2e-5 * width, 8)),
+        "dpo_lr": min(1e-4, round(5e-7 * width, 9)),
+        "micro_batch": max(rows for rows in range(1, pairs + 1) if pairs % rows == 0 and rows <= max(1, fitting // 2)),
+    }
     return recipe.model_copy(
         update={
             "data": _filled(recipe.data, {"context": context}),
             "importance": _filled(recipe.importance, {"batch_size": fitting}),
             "distill": _filled(recipe.distill, distill),
+            "align": _filled(recipe.align, align),
         }
     )
 
 
 def derived(recipe: Recipe) -> dict[str, int | float]:
     """The numbers that `resolve` fills, by their dotted keys."""
-    return {f"{section}.{key}": getattr(getattr(recipe, section), key) for section, key in DERIVED}
+    shown = [(section, key) for section, key in DERIVED if section != "align" or recipe.align.stages]
+    return {f"{section}.{key}": getattr(getattr(recipe, section), key) for section, key in shown}
 
 
 def _chosen(section: Section, key: str, derived: Any) -> Any:

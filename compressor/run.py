@@ -170,6 +170,8 @@ class Run:
         self.shape = self.folder / "shape.json"
         self.pruned = self.folder / "pruned"
         self.checkpoints = self.folder / "checkpoints"
+        self.distilled = self.folder / "distilled"  # the student before alignment, where there is one
+        self.pairs = self.folder / "pairs"
         self.student = self.folder / "student"
         self.evaluation = self.folder / "evaluation.json"
         self.export = self.folder / "export"

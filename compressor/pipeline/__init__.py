@@ -1,9 +1,9 @@
 """The story: from a checkpoint and a target to a healthy smaller student. Read this first.
 
-Each stage (`stages`; what the student learns by is in `learning`) loads what it needs from the run folder, calls one
-room of the house, saves, and is marked done; a stage that is marked is never run again, so running the same command
-again resumes. The rooms know nothing of each other: they meet here, through values and files. What is done with a
-finished run is in `finished`; `subject` says what is judged or exported, and how.
+Each stage (`stages`; what the student learns by is in `learning` and `alignment`) loads what it needs from the run
+folder, calls one room of the house, saves, and is marked done; a stage that is marked is never run again, so running
+the same command again resumes. The rooms know nothing of each other: they meet here, through values and files. What is
+done with a finished run is in `finished`; `subject` says what is judged or exported, and how.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..architecture import choose, parse_target
 from ..errors import CheckFailed, UserError
 from ..run import RANK, Run, read_json, write_text
 from ..shape import Shape
-from . import learning
+from . import alignment, learning
 from .finished import bench, evaluate, export, package
 from .job import Job, Say, hush, quiet
 from .stages import STAGES
@@ -40,6 +40,7 @@ def plan(recipe: Recipe | dict[str, Any]) -> Plan:
 
     recipe = _checked(recipe)
     _check_exports(recipe)
+    alignment.check_order(recipe.align)
     return plan(recipe)
 
 
@@ -64,6 +65,8 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
         if run.done("distill") is None and not _wanted("answers", recipe):
             check(batches=job.batches, heldout=job.heldout, settings=recipe.distill)
             _check_ids(job)
+        if run.done("align") is None and _wanted("align", recipe):
+            alignment.check_alignment(job)
         _open(run, recipe, job.teacher)
         fresh = False
         for name, stage in STAGES.items():
@@ -100,6 +103,8 @@ def _wanted(stage: str, recipe: Recipe) -> bool:
         return settings.method == "seqkd"
     if stage == "cache":
         return settings.signal != "online" and settings.method == "kl"
+    if stage == "align":
+        return bool(recipe.align.stages)
     return stage != "export" or bool(recipe.export.formats)
 
 
@@ -134,6 +139,7 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
     recipe = _checked(recipe)
     _check_exports(recipe)
     _check_method(recipe.distill)
+    alignment.check_order(recipe.align)
     # a target that cannot be met is told from the config alone, before gigabytes are fetched
     choose(parse_target(recipe.target), Shape.from_config(teacher_config(recipe.teacher)))
     teacher = Checkpoint(resolve(hub_name(recipe.teacher)))
@@ -189,7 +195,7 @@ def _check_ids(job: Job) -> None:
 
 
 def _assist(job: Job) -> dict[str, Any]:
-    """What every process but the first does: wait until the student is cut, and train along.
+    """What every process but the first does: wait until the student is cut, and train along, in alignment too.
 
     The launcher ends us if the first process fails. Raises UserError where its run folder never comes into sight.
     """
@@ -204,6 +210,10 @@ def _assist(job: Job) -> dict[str, Any]:
         time.sleep(0.5)
     if job.run.done("distill") is None:
         learning.distill_student(job)
+    if _wanted("align", job.recipe) and job.run.done("align") is None:
+        while job.run.done("distill") is None:
+            time.sleep(0.5)
+        alignment.align(job)
     return {}
 
 

@@ -35,7 +35,7 @@ class WholeCheckpoints(Base):
         self.state.best_model_checkpoint = str(best) if self.state.best_global_step else None
         if self.args.should_save:
             # Weights in float32 and the two moments of AdamW, with a little room.
-            require_space(folder, 13 * sum(parameter.numel() for parameter in self.model.parameters()))
+            require_space(folder, 13 * sum(parameter.numel() for parameter in model.parameters()))
         with staged(final) if self.args.should_save else contextlib.nullcontext() as aside:
             place = [str(aside)]
             if self.args.world_size > 1:
