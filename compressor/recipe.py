@@ -330,7 +330,7 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
             "data": _filled(recipe.data, {"context": context}),
             "importance": _filled(recipe.importance, {"batch_size": fitting}),
             "distill": _filled(recipe.distill, distill),
-            "align": _filled(recipe.align, align),
+            "align": _filled(recipe.align, align if recipe.align.stages else {}),
         }
     )
 

@@ -154,7 +154,7 @@ def answer(side: str, passed: int, *, whole: bool = True, text: str = "") -> pai
         ([answer("student", 2, whole=False), answer("teacher", 1), answer("student", 0)], (1, 2)),  # never a cut one
         ([answer("student", 1), answer("teacher", 1)], "tied"),
         ([answer("student", 2, whole=False), answer("teacher", 1)], "tied"),
-        ([answer("student", 1, whole=False), answer("teacher", 0, whole=False)], "nothing whole"),
+        ([answer("student", 1, whole=False), answer("teacher", 0, whole=False)], "nothing_whole"),
     ],
 )
 def test_more_checks_passed_is_preferred_and_ties_are_dropped(answers, found):
@@ -186,9 +186,9 @@ def test_making_pairs_goes_on_after_a_kill_to_the_same_bits(tmp_path, monkeypatc
     calm = build(tmp_path / "calm")
     counts = align.outcome_counts(calm)
     assert counts["pairs"] >= 3
-    assert counts["pairs"] + counts["tied"] + counts["nothing whole"] == 18
-    assert counts["pairs"] == counts["chosen teacher"] + counts["chosen student"]
-    assert counts["rejected student"] > 0
+    assert counts["pairs"] + counts["tied"] + counts["nothing_whole"] == 18
+    assert counts["pairs"] == counts["chosen_teacher"] + counts["chosen_student"]
+    assert counts["rejected_student"] > 0
 
     scored = 0
 
@@ -390,7 +390,7 @@ def test_a_run_aligns_what_it_distilled(finished):
     assert list(stages) == ["importance", "surgery", "distill", "align", "evaluate", "report"]
     made = stages["align"]["pairs"]
     assert made["prompts"] == 24
-    assert made["pairs"] == made["chosen teacher"] + made.get("chosen student", 0) >= 12  # the pruned one cannot speak
+    assert made["pairs"] == made["chosen_teacher"] + made.get("chosen_student", 0) >= 12  # the pruned one cannot speak
     assert stages["align"]["sft"]["rows"] == 24
     assert stages["align"]["dpo"]["rows"] + stages["align"]["dpo"]["heldout_rows"] == made["pairs"]
     assert {"heldout_loss", "heldout_margin", "heldout_accuracy"} <= stages["align"]["dpo"].keys()

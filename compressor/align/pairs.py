@@ -84,7 +84,7 @@ def build(
 
 
 def outcome_counts(index: dict[str, Any]) -> Counter[str]:
-    """How many prompts gave "pairs", why others did not, and whose answers were taken ("chosen teacher", ...)."""
+    """How many prompts gave "pairs", why others did not, and whose answers were taken ("chosen_teacher", ...)."""
     total: Counter[str] = Counter()
     for shard in index["shards"]:
         total.update(shard["outcomes"])
@@ -92,13 +92,13 @@ def outcome_counts(index: dict[str, Any]) -> Counter[str]:
 
 
 def ranked(answers: Sequence[Answer]) -> tuple[Answer, Answer] | str:
-    """The best whole answer and the worst answer, or why there are none: "tied", or "nothing whole".
+    """The best whole answer and the worst answer, or why there are none: "tied", or "nothing_whole".
 
     Among equals the student's own come first, on both ends: those it can say are moved most by being preferred.
     """
     whole = [answer for answer in answers if answer.whole]
     if not whole:
-        return "nothing whole"
+        return "nothing_whole"
     chosen = max(whole, key=lambda answer: (answer.passed, answer.side == "student"))
     rejected = min(answers, key=lambda answer: (answer.passed, answer.side != "student"))
     return (chosen, rejected) if chosen.passed > rejected.passed else "tied"
@@ -132,7 +132,7 @@ def _shard(
             outcomes[best] += 1
             continue
         chosen, rejected = best
-        outcomes.update(["pairs", f"chosen {chosen.side}", f"rejected {rejected.side}"])
+        outcomes.update(["pairs", f"chosen_{chosen.side}", f"rejected_{rejected.side}"])
         pair = {"prompt": task["messages"], "chosen": _message(chosen), "rejected": _message(rejected)}
         pair |= {"tools": task["tools"]} if task.get("tools") else {}
         told = {"from": [chosen.side, rejected.side], "passed": [chosen.passed, rejected.passed]}

@@ -10,7 +10,7 @@ from ..data import IGNORED, encode, prompt_hash
 from ..data.encoding import TemplateError
 from ..errors import UserError
 
-DRAWS = 20  # records looked at for each chat wanted: plain text is passed over
+DRAWS, LEAST_DRAWS = 20, 10_000  # records looked at for each chat wanted, and in all: plain text is passed over
 HELDOUT_SHARE = 10  # at most one pair in so many is held out
 
 Row = dict[str, Any]
@@ -24,7 +24,7 @@ def chats(records: Iterable[dict[str, Any]], tokenizer: Any, *, count: int, cont
     left out. Raises UserError where nothing is left, and for chats under a tokenizer without a chat template.
     """
     rows: list[Row] = []
-    for record in islice(records, DRAWS * count):
+    for record in islice(records, max(LEAST_DRAWS, DRAWS * count)):
         if "text" in record:
             continue
         try:
@@ -45,12 +45,14 @@ def chats(records: Iterable[dict[str, Any]], tokenizer: Any, *, count: int, cont
     return rows
 
 
-def preference_rows(pairs: Iterable[dict[str, Any]], tokenizer: Any, *, context: int) -> list[Row]:
+def preference_rows(
+    pairs: Iterable[dict[str, Any]], tokenizer: Any, *, context: int, count: int | None = None
+) -> list[Row]:
     """Rows {"prompt", "chosen", "rejected", "tools"} as DPOTrainer takes them, of what `data.preferences` yields.
 
-    With a chat template a pair in text becomes one exchange, without one it stays text. Left out: pairs beyond
-    `context` and such as the template refuses. Raises UserError where nothing is left, and for chats without a chat
-    template.
+    count: no more than so many. With a chat template a pair in text becomes one exchange, without one it stays text.
+    Left out: pairs beyond `context` and such as the template refuses. Raises UserError where nothing is left, and for
+    chats without a chat template.
     """
     rows: list[Row] = []
     for pair in pairs:
@@ -66,6 +68,8 @@ def preference_rows(pairs: Iterable[dict[str, Any]], tokenizer: Any, *, context:
                 continue
         if max(lengths) <= context:
             rows.append(row)
+        if len(rows) == count:
+            break
     if not rows:
         raise UserError(
             "no preference pair fits data.context and the chat template; expected some; give other align.pairs, or "

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..recipe import Align
 
 ORDER = ("sft", "dpo")
-SIGHT_CHATS = 8  # read before anything is computed
 
 
 def check_order(settings: Align) -> None:
@@ -49,9 +48,9 @@ def check_alignment(job: Job) -> None:
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise UserError("the teacher's tokenizer has no end token; expected one; set eos_token in its folder")
     if "sft" in settings.stages:
-        _chats(job, sight=SIGHT_CHATS)
+        _chats(job, sight=1)
     if "dpo" in settings.stages and settings.pairs is not None:
-        _pairs(job, settings.pairs)
+        _preference_rows(job, settings.pairs, count=1)
 
 
 def align(job: Job) -> str:
@@ -109,12 +108,17 @@ def _chats(job: Job, *, sight: int | None = None) -> tuple[list[Any], list[Any]]
 
 def _pairs(job: Job, source: str) -> tuple[list[Any], list[Any]]:
     """Preference pairs to train on and held-out ones."""
-    from ..align import divided, preference_rows
+    from ..align import divided
+
+    return divided(_preference_rows(job, source), heldout=job.recipe.align.heldout)
+
+
+def _preference_rows(job: Job, source: str, *, count: int | None = None) -> list[Any]:
+    from ..align import preference_rows
     from ..data import preferences
 
     found = preferences(source, split=job.recipe.data.split)
-    rows = preference_rows(found, job.tokenizer, context=job.recipe.data.context)
-    return divided(rows, heldout=job.recipe.align.heldout)
+    return preference_rows(found, job.tokenizer, context=job.recipe.data.context, count=count)
 
 
 def _source(job: Job, student: Path) -> str:

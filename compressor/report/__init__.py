@@ -270,8 +270,8 @@ def align_lines(report: dict[str, Any]) -> list[str]:
     for name, found in report["align"].items():
         if name == "pairs":
             sides = ", ".join(
-                f"{which} from {found.get(f'{which} teacher', 0):,} of the teacher's and "
-                f"{found.get(f'{which} student', 0):,} of the student's answers"
+                f"{which} from {found.get(f'{which}_teacher', 0):,} of the teacher's and "
+                f"{found.get(f'{which}_student', 0):,} of the student's answers"
                 for which in ("chosen", "rejected")
             )
             lines.append(f"pairs: {found['pairs']:,} made of {found['prompts']:,} prompts; {sides}")
