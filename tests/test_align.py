@@ -513,7 +513,8 @@ def test_what_cannot_be_aligned_is_told_before_anything_is_computed(template, se
     if not template:
         (tmp_path / "teacher" / "chat_template.jinja").unlink()
     texts = write_lines(tmp_path / "data.jsonl", ({"text": f"the lamp of river {i} stone boat"} for i in range(60)))
-    chats = write_lines(tmp_path / "chats.jsonl", ({"messages": [*ASK, GOOD], "n": i} for i in range(60)))
+    asked = ([{"role": "user", "content": f"{i}+2?"}] for i in range(60))
+    chats = write_lines(tmp_path / "chats.jsonl", ({"messages": [*ask, GOOD]} for ask in asked))
     section = {key: str(chats) if value == "CHATS" else value for key, value in section.items()}
     values = {"data": {"source": str(texts), "context": 48, "heldout_fraction": 0.2}, "align": section}
     values |= {"distill": SMALL["distill"] | {"batch": 4, "micro_batch": 2}, "target": "ffn=48,hidden=36"}
