@@ -454,23 +454,22 @@ def test_a_run_killed_in_every_part_of_alignment_ends_in_the_same_bits(finished,
 
 
 def test_two_launched_processes_align_together(tmp_path):
+    """`torchrun compressor distill`: both train, the first one alone makes the pairs."""
     out = tmp_path / "run"
-    recipe = tmp_path / "recipe.json"
     small = json.loads(json.dumps(SMALL))
-    recipe.write_text(json.dumps(small | {"distill": small["distill"] | {"batch": 4, "micro_batch": 2}}))
-    script = tmp_path / "go.py"
-    script.write_text(
-        "import json, sys, compressor\ncompressor.distill(json.load(open(sys.argv[1])), out=sys.argv[2])\n"
-    )
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    words = [sys.executable, *launch, str(script), str(recipe), str(out)]
-    done = subprocess.run(words, env=os.environ | paths, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    facts = read_json(out / "run.json")["stages"]["align"]
-    assert facts["dpo"]["heldout_loss"][1] < facts["dpo"]["heldout_loss"][0]
-    assert facts["pairs"]["prompts"] == 24
-    assert read_json(out / "checkpoints/align-dpo" / f"checkpoint-{facts['dpo']['steps']}" / "trainer_state.json")
+    small["distill"] |= {"batch": 4, "micro_batch": 2}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(small))  # JSON is YAML
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "compressor.cli"]
+    line += ["distill", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(out), "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *line], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["align"]
+    assert found["pairs"]["prompts"] == 24
+    for stage in ("sft", "dpo"):
+        assert found[stage]["heldout_loss"][1] < found[stage]["heldout_loss"][0]
+        last = out / "checkpoints" / f"align-{stage}" / f"checkpoint-{found[stage]['steps']}"
+        assert len([*last.glob("rng_state_*.pth")]) == 2  # both took part
     assert (out / "student" / "model.safetensors").exists()
 
 
