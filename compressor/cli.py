@@ -117,6 +117,9 @@ def distill(
         str | None, typer.Option(metavar="DIR", help="A folder of compressor cache. [default: the run's]")
     ] = None,
     correct: Correct = None,
+    align: Annotated[
+        str | None, typer.Option(metavar="STAGES", help="Align the student after: sft, dpo, or sft,dpo.")
+    ] = None,
     export: Annotated[
         str | None, typer.Option(metavar="FORMATS", help="Export the student too: onnx-int4,gguf-q8_0, ...")
     ] = None,
@@ -131,6 +134,7 @@ def distill(
     dials = {"method": method, "signal": signal, "cache": cache}
     settings += [f"distill.{key}={json.dumps(value)}" for key, value in dials.items() if value is not None]
     settings += [f"correct.mode={correct}"] if correct else []
+    settings += [f"align.stages=[{align}]"] if align is not None else []
     if export is not None:
         settings.append(f"export.formats=[{export}]")
     if device is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from yaml import YAMLError
 
 from .errors import CheckFailed, UserError
-from .report import MODELS, headline, markdown_table, model_rows, shape_rows
+from .report import columns, headline, markdown_table, model_rows, shape_rows
 from .run import write_text
 
 CHECKSUMS = "SHA256SUMS"
@@ -41,10 +41,11 @@ def write_card(
         'model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")\n```'
     )
-    parts += ["## Quality", markdown_table(["", *MODELS], model_rows(report))]
-    parts.append(
-        "Skills are shares of exact successes with 95 % bootstrap intervals; `pruned` is the model before distillation."
-    )
+    parts += ["## Quality", markdown_table(["", *columns(report)], model_rows(report))]
+    before = "`pruned` is the model before distillation"
+    if "distilled" in report:
+        before += ", `distilled` the one before alignment (SFT, DPO)"
+    parts.append(f"Skills are shares of exact successes with 95 % bootstrap intervals; {before}.")
     parts += ["## Shape", markdown_table(["", "teacher", "student"], shape_rows(report))]
     if recipe:
         parts += ["## Recipe", f"```yaml\n{recipe.strip()}\n```"]

@@ -169,8 +169,8 @@ def measure_rate(*, precision: str = "auto", seconds: float = 0.5) -> Rate:
 
 
 def estimate(recipe: Any, *, teacher: Shape, student: Shape, rate: Rate) -> tuple[Stage, ...]:
-    """The stages in order: teacher, importance, surgery; correct, answers or cache where the recipe has them; distill,
-    evaluate. Pure; one device is assumed.
+    """The stages in order: teacher, importance, surgery; correct, answers or cache where the recipe has them; distill;
+    align if asked for; evaluate. Pure; one device is assumed.
     """
     value = 2 if rate.precision == "bf16" else 4
     held = 4 if rate.device.startswith("CPU") else value  # a teacher is float32 on a processor whatever the precision
@@ -187,6 +187,7 @@ def estimate(recipe: Any, *, teacher: Shape, student: Shape, rate: Rate) -> tupl
         *([_correct(recipe, teacher, rate, held)] if recipe.correct.mode != "off" else []),
         *asked,
         _distill(recipe, teacher, student, rate, value, held),
+        *([_align(recipe, teacher, student, rate, held)] if recipe.align.stages else []),
         _evaluate(recipe, teacher, student, rate, held),
     )
 
@@ -381,6 +382,37 @@ def trained_parameters(teacher: Shape, settings: Any) -> int:
     }[settings.mode]
 
 
+def _align(recipe: Any, teacher: Shape, student: Shape, rate: Rate, held: int) -> Stage:
+    """Answers for pairs that are made, then training: an upper bound, with rows of a whole context.
+
+    Every prompt is taken to give a pair; pairs from a data set are counted as `prompts`. A pair is two rows, read once
+    more for the reference's log-probabilities. Memory: student with AdamW and the activations of one micro-batch, or
+    both models with the answers' KV cache.
+    """
+    settings, context = recipe.align, recipe.data.context
+    forward = student.flops_per_token(context / 2)
+    flops = seconds = answering = 0
+    if "sft" in settings.stages:
+        flops += 3 * settings.sft_epochs * settings.examples * context * forward
+    if "dpo" in settings.stages:
+        flops += 2 * (3 * settings.dpo_epochs + 1) * settings.prompts * context * forward
+    if "dpo" in settings.stages and settings.pairs is None:
+        seen, together = context // 2 + settings.max_new_tokens, recipe.evaluate.batch_size
+        for model, samples in ((teacher, 1), (student, settings.samples)):
+            count = samples * settings.prompts
+            flops += count * seen * model.flops_per_token(seen / 2)
+            read = held * model.parameters + together * seen * model.kv_bytes_per_token(held)
+            seconds += -(-count // together) * settings.max_new_tokens * read / rate.bytes_per_second
+        cache = together * seen * teacher.kv_bytes_per_token(held)
+        answering = held * teacher.parameters + 4 * student.parameters + cache
+    rows = settings.micro_batch * context * (2 if "dpo" in settings.stages else 1)
+    checkpointing = bool(recipe.distill.gradient_checkpointing)
+    states = (18 if rate.precision == "bf16" else 16) * student.parameters
+    kept = activation_bytes(student, tokens=rows, precision=rate.precision, checkpointing=checkpointing)
+    note = f"{', then '.join(settings.stages)}; upper bound"
+    return Stage("align", max(states + kept, answering), flops, _compute_seconds(flops, rate) + seconds, note)
+
+
 def _evaluate(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int) -> Stage:
     """Text and skills for teacher, pruned and student, the latter two with the teacher beside them for
     agreement.
@@ -392,9 +424,9 @@ def _evaluate(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: in
     answer = settings.max_new_tokens
     prompts = 4 * settings.prompts
     seen = context // 2 + answer
-    models = (teacher, student, student)
+    models = (teacher, student, student, *([student] if recipe.align.stages else []))
     flops = settings.tokens * (
-        3 * teacher.flops_per_token(context / 2) + 2 * student.flops_per_token(context / 2)
+        len(models) * teacher.flops_per_token(context / 2) + (len(models) - 1) * student.flops_per_token(context / 2)
     ) + sum(prompts * seen * model.flops_per_token(seen / 2) for model in models)
     steps = -(-prompts // settings.batch_size) * answer
     read = sum(
@@ -405,7 +437,7 @@ def _evaluate(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: in
     cache = settings.batch_size * seen * teacher.kv_bytes_per_token(value)
     memory = value * (teacher.parameters + student.parameters) + max(text, cache)
     seconds = _compute_seconds(flops, rate) + read / rate.bytes_per_second
-    note = f"{settings.tokens:,} held-out tokens and {prompts:,} prompts, three models; upper bound"
+    note = f"{settings.tokens:,} held-out tokens and {prompts:,} prompts, {len(models)} models; upper bound"
     return Stage("evaluate", memory, flops, seconds, note)
 
 

@@ -163,6 +163,37 @@ class OnPolicy(Section):
     )
 
 
+class Align(Section):
+    """What follows distillation: fine-tuning on chats, then preference tuning; nothing unless asked for."""
+
+    stages: list[Literal["sft", "dpo"]] = Field([], description="sft, dpo, or both in that order; empty: no alignment")
+    data: str | None = Field(None, description="chats for sft, as data.source, which they are unless given")
+    examples: int = Field(10_000, gt=0, description="chats that sft reads")
+    sft_epochs: int = Field(1, gt=0, description="times that sft reads them")
+    sft_lr: float = Field(2e-5, gt=0, description="peak learning rate of sft")
+    pairs: str | None = Field(
+        None, description="prompt, chosen, rejected: Hub id, JSONL, parquet; made from the models' answers unless given"
+    )
+    tasks: str | None = Field(
+        None, description="JSONL of tasks with checks that made pairs start from; the built-in ones unless given"
+    )
+    prompts: int = Field(4000, gt=0, description="tasks that made pairs start from")
+    samples: int = Field(
+        4, gt=0, description="answers that the student draws to each of them, beside the teacher's one"
+    )
+    temperature: float = Field(1.0, gt=0, description="at which it draws them")
+    max_new_tokens: int = Field(128, gt=0, description="longest answer; one that is cut is never preferred")
+    dpo_epochs: int = Field(1, gt=0, description="times that dpo reads the pairs")
+    dpo_lr: float = Field(5e-7, gt=0, description="peak learning rate of dpo")
+    beta: float = Field(0.1, gt=0, description="how tightly dpo holds the student to what it was")
+    nll_weight: float = Field(
+        0.1, ge=0, description="of the preferred answers' own loss beside dpo's, so that they do not become less likely"
+    )
+    batch: int = Field(32, gt=0, description="chats or pairs per optimizer step, over all processes")
+    micro_batch: int = Field(1, gt=0, description="chats or pairs per forward pass")
+    heldout: int = Field(128, gt=0, description="chats or pairs held out; of pairs a tenth at most")
+
+
 class Evaluate(Section):
     """How teacher, pruned model and student are judged."""
 
@@ -190,6 +221,7 @@ class Recipe(Section):
     correct: Correct = Field(default_factory=Correct)  # pyright: ignore[reportArgumentType]
     distill: Distill = Field(default_factory=Distill)  # pyright: ignore[reportArgumentType]
     onpolicy: OnPolicy = Field(default_factory=OnPolicy)  # pyright: ignore[reportArgumentType]
+    align: Align = Field(default_factory=Align)  # pyright: ignore[reportArgumentType]
     evaluate: Evaluate = Field(default_factory=Evaluate)  # pyright: ignore[reportArgumentType]
     export: Export = Field(default_factory=Export)  # pyright: ignore[reportArgumentType]
 
@@ -317,6 +349,7 @@ DERIVED = (
     *(("correct", key) for key in ("peak_lr", *_TRAINING)),
     *(("distill", key) for key in _TRAINING),
     *(("onpolicy", key) for key in ("lr", "warmup_steps", "answers", "inner_epochs")),
+    *(("align", key) for key in ("sft_lr", "dpo_lr", "micro_batch")),
 )
 # of the teacher's own peak learning rate: the paper's fifth for all weights; what is fewer moves further, as measured
 CORRECTION_LR = {"full": 0.2, "lora": 2.0, "norms": 5.0}
@@ -330,6 +363,8 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     processes. lr: 1e-4 at hidden 4096, inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most. A
     round of answers is four steps', as MiniLLM's (256 of 64), which reads it four times; GKD's divergence is the JSD.
     A correction, where one is asked for: see `_correction`.
+    Alignment's rates follow the same rule from 2e-5 for SFT and 5e-7 for DPO, what 7B models are aligned with (Zephyr,
+    arXiv 2310.16944); a small student learns nothing from a large one's rate.
     """
     context = _chosen(recipe.data, "context", min(4096, max_positions))
     if context > max_positions:
@@ -368,6 +403,12 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     if recipe.correct.mode != "off":
         correct = _correction(recipe.correct, teacher, tokens=tokens, batch=batch, context=context)
         correct["micro_batch"] = _micro_batch(_chosen(recipe.correct, "batch", batch), processes, fitting)
+    width = 4096 / student.hidden
+    align = {
+        "sft_lr": min(1e-3, round(2e-5 * width, 8)),
+        "dpo_lr": min(1e-4, round(5e-7 * width, 9)),
+        "micro_batch": _micro_batch(recipe.align.batch, processes, max(1, fitting // 2)),
+    }
     return recipe.model_copy(
         update={
             "data": _filled(recipe.data, {"context": context}),
@@ -375,6 +416,7 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
             "correct": _filled(recipe.correct, correct),
             "distill": _filled(recipe.distill, distill),
             "onpolicy": _filled(recipe.onpolicy, onpolicy),
+            "align": _filled(recipe.align, align if recipe.align.stages else {}),
         }
     )
 
@@ -414,9 +456,14 @@ def _micro_batch(batch: int, processes: int, fitting: int, *, kinds: int = 1) ->
 
 
 def derived(recipe: Recipe) -> dict[str, Any]:
-    """The numbers that `resolve` fills, by their dotted keys; those of a correction where there is one."""
-    sections = {section for section, _ in DERIVED if section != "correct" or recipe.correct.mode != "off"}
-    return {f"{name}.{key}": getattr(getattr(recipe, name), key) for name, key in DERIVED if name in sections}
+    """The numbers that `resolve` fills, by their dotted keys, of the sections that have a part in the run."""
+    wanted = {
+        "correct": recipe.correct.mode != "off",
+        "onpolicy": recipe.distill.method in ON_POLICY,
+        "align": bool(recipe.align.stages),
+    }
+    shown = [(section, key) for section, key in DERIVED if wanted.get(section, True)]
+    return {f"{section}.{key}": getattr(getattr(recipe, section), key) for section, key in shown}
 
 
 def _chosen(section: Section, key: str, derived: Any) -> Any:

@@ -224,6 +224,8 @@ class Run:
         self.correction = self.folder / "correction"
         self.corrected = self.folder / "corrected"
         self.checkpoints = self.folder / "checkpoints"
+        self.distilled = self.folder / "distilled"  # the student before alignment, where there is one
+        self.pairs = self.folder / "pairs"
         self.student = self.folder / "student"
         self.evaluation = self.folder / "evaluation.json"
         self.export = self.folder / "export"

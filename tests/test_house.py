@@ -29,7 +29,7 @@ GROUND = {
     "units",
 }
 TOOLS = {"losses", "signals", "train", "scores"}
-STAGES = {"teacher", "importance", "architecture", "surgery", "distill", "answers", "onpolicy"}
+STAGES = {"teacher", "importance", "architecture", "surgery", "distill", "answers", "onpolicy", "align"}
 JUDGING = {"evaluate", "report", "package", "demo", "plan"}
 DOORS = {"cli", "pipeline"}
 # room -> the rooms it may import besides its own layer's rules

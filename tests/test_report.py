@@ -98,6 +98,34 @@ def test_the_documentation_names_every_key(run_folder):
     assert f"version {report.SCHEMA_VERSION}" in text
 
 
+def test_alignment_puts_the_distilled_student_beside_the_student(run_folder):
+    without = report.write(run_folder)
+    assert without["align"] is None
+    assert "distilled" not in without
+    evaluation, facts = (json.loads((run_folder / name).read_text()) for name in ("evaluation.json", "run.json"))
+    evaluation["distilled"] = result(0.91)
+    losses = {"steps": 40, "rows": 900, "heldout_rows": 60, "loss": [0.7, 0.4], "heldout_loss": [0.69, 0.44]}
+    dpo = losses | {"best_step": 36, "heldout_margin": [0.0, 1.5], "heldout_accuracy": [0.0, 0.875], "seconds": 9.0}
+    sides = {"chosen_teacher": 100, "chosen_student": 860, "rejected_student": 960}
+    pairs = {"prompts": 2000, "pairs": 960, "tied": 1000, "nothing_whole": 40} | sides
+    sft = losses | {"best_step": 0, "seconds": 8.0}
+    facts["stages"]["align"] = {"seconds": 17.0, "sft": sft, "pairs": pairs, "dpo": dpo}
+    for name, value in (("evaluation", evaluation), ("run", facts)):
+        (run_folder / f"{name}.json").write_text(json.dumps(value))
+    test_the_documentation_names_every_key(run_folder)
+    written = report.write(run_folder)
+    assert written["distilled"]["overall"]["score"] == 0.91
+    assert written["recovery"] == without["recovery"]
+    page = (run_folder / "report.md").read_text()
+    assert "|  | teacher | pruned | distilled | student |" in page
+    assert "- sft: 900 rows in 40 steps, held-out loss 0.69 to 0.44; none better than what came in" in page
+    assert "- pairs: 960 made of 2,000 prompts; chosen from 100 of the teacher's and 860 of the student's" in page
+    assert "reward margin 0 to 1.5, reward accuracy 0 to 0.875; step 36 kept" in page
+    html = (run_folder / "report.html").read_text()
+    assert "<th>distilled</th>" in html
+    assert "<h2>Alignment</h2>" in html
+
+
 def test_what_was_not_measured_is_null_and_a_dash(run_folder):
     evaluation = json.loads((run_folder / "evaluation.json").read_text())
     for model in evaluation.values():

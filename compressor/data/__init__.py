@@ -1,8 +1,8 @@
 """Data: a Hub id, JSONL, text, parquet, a folder of those, or `demo` -> packed text rows and masked chats.
 
-`sources` reads records and sets the held-out ones aside by hash, `encoding` turns one record into token ids
-with a mask of the tokens that count, `blocks` makes the rows and batches every stage is fed with, and
-`batches` says what a batch means to a model.
+`sources` reads records and sets the held-out ones aside by hash, `preferences` reads pairs of answers, `encoding`
+turns one record into token ids with a mask of the tokens that count, `blocks` makes the rows and batches every stage
+is fed with, and `batches` says what a batch means to a model.
 """
 
 from .batches import IGNORED, Batch, hidden_states, position_ids, real_tokens, targets
@@ -17,6 +17,7 @@ from .blocks import (
     text_batches,
 )
 from .encoding import Example, check_same_tokens, encode, num_ids
+from .preferences import preferences, prompt_hash
 from .sources import DEFAULT_DATA, heldout, records
 
 __all__ = [
@@ -36,6 +37,8 @@ __all__ = [
     "hidden_states",
     "num_ids",
     "position_ids",
+    "preferences",
+    "prompt_hash",
     "real_tokens",
     "records",
     "shuffled",

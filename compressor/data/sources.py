@@ -52,7 +52,7 @@ def records(
 
         yield from tasks.records(split="train" if part == "train" else "validation", seed=seed)
         return
-    for place, raw in _raw_records(source, split=split):
+    for place, raw in raw_records(source, split=split):
         record = _checked(raw, place)
         if record is not None and heldout(record, fraction=fraction) == (part == "heldout"):
             yield record
@@ -67,7 +67,7 @@ def heldout(record: Record, *, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
-def _raw_records(source: str, *, split: str) -> Iterator[tuple[str, Any]]:
+def raw_records(source: str, *, split: str) -> Iterator[tuple[str, Any]]:
     """Pairs of (where it stands, what stands there)."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -173,7 +173,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_text, ".parquet": _read_parquet}
-KEYS = ("text", "messages", "conversations", "prompt", "completion", "tools", "system")
+KEYS = ("text", "messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools", "system")
 
 
 def _read_hub(source: str, *, split: str) -> Iterator[tuple[str, Any]]:
@@ -200,13 +200,13 @@ def _checked(raw: Any, place: str) -> Record | None:
         raise UserError(f"{place}: found {_kind(raw)}; expected {EXPECTED}")
     raw = {key: value for key, value in raw.items() if value is not None}
     if "messages" in raw or "conversations" in raw:
-        messages = _messages(raw, place)
-        tools = _tools(raw.get("tools"), place)
+        messages = messages_of(raw, place)
+        tools = tools_of(raw.get("tools"), place)
         return {"messages": messages, "tools": tools} if tools else {"messages": messages}
     if "prompt" in raw and "completion" in raw:
         prompt, completion = raw["prompt"], raw["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
-            tools = _tools(raw.get("tools"), place)
+            tools = tools_of(raw.get("tools"), place)
             return {"prompt": prompt, "completion": completion} | ({"tools": tools} if tools else {})
         if isinstance(prompt, list) and isinstance(completion, list):
             joined = {"messages": prompt + completion, "tools": raw.get("tools")}
@@ -220,7 +220,8 @@ def _checked(raw: Any, place: str) -> Record | None:
     raise UserError(f"{place}: found the keys {found}; expected {EXPECTED}")
 
 
-def _messages(raw: Record, place: str) -> list[Record]:
+def messages_of(raw: Record, place: str) -> list[Record]:
+    """The messages of a record in their canonical form; UserError where one has no role or no text."""
     key = "messages" if "messages" in raw else "conversations"
     turns = raw[key]
     if not isinstance(turns, list) or not turns:
@@ -265,7 +266,7 @@ def _call(call: Any, where: str) -> Record:
     return {**call, "function": function} if "function" in call else function
 
 
-def _tools(tools: Any, place: str) -> list[Any]:
+def tools_of(tools: Any, place: str) -> list[Any]:
     """Tool schemas; parquet and ShareGPT files keep them as one JSON string."""
     if isinstance(tools, str):
         tools = _parsed(tools, f'{place}, "tools"') if tools.strip() else []

@@ -1,9 +1,9 @@
 """The story: from a checkpoint and a target to a healthy smaller student. Read this first.
 
-Each stage (`stages`; what the student learns by is in `learning`) loads what it needs from the run folder, calls one
-room of the house, saves, and is marked done; a stage that is marked is never run again, so running the same command
-again resumes. The rooms know nothing of each other: they meet here, through values and files. What is done with a
-finished run is in `finished`; `subject` says what is judged or exported, and how.
+Each stage (`stages`; what the student learns by is in `learning` and `alignment`) loads what it needs from the run
+folder, calls one room of the house, saves, and is marked done; a stage that is marked is never run again, so running
+the same command again resumes. The rooms know nothing of each other: they meet here, through values and files. What is
+done with a finished run is in `finished`; `subject` says what is judged or exported, and how.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..architecture import choose, parse_target
 from ..errors import CheckFailed, UserError
 from ..run import RANK, Run, processes, read_json, write_text
 from ..shape import Shape
-from . import learning
+from . import alignment, learning
 from .finished import bench, evaluate, export, package
 from .job import Job, Say, hush, quiet
 from .stages import STAGES
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "cache", "distill", "evaluate", "export", "package", "plan"]
 
-TRAINING = ("correct", "start", "distill")  # stages in which all processes take part
+TRAINING = ("correct", "start", "distill", "align")  # stages in which all processes take part
 PATIENCE_SECONDS = 600  # that other processes wait for the first one to open the run folder
 
 
@@ -42,6 +42,7 @@ def plan(recipe: Recipe | dict[str, Any]) -> Plan:
     recipe = _checked(recipe)
     _check_exports(recipe)
     _check_method(recipe.distill)
+    alignment.check_order(recipe.align)
     return plan(recipe)
 
 
@@ -73,6 +74,8 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
                 job.prompts("heldout", 1)
         if run.done("distill") is None and _wanted("correct", recipe):
             check(**job.correcting, section="correct")
+        if run.done("align") is None and _wanted("align", recipe):
+            alignment.check_alignment(job)
         _open(run, recipe, job.teacher)
         fresh = False
         for name, stage in STAGES.items():
@@ -113,6 +116,8 @@ def _wanted(stage: str, recipe: Recipe) -> bool:
         return settings.method in recipes.ON_POLICY and recipe.onpolicy.start != "none"
     if stage == "cache":
         return settings.signal != "online" and settings.method == "kl"
+    if stage == "align":
+        return bool(recipe.align.stages)
     return stage != "export" or bool(recipe.export.formats)
 
 
@@ -147,6 +152,7 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
     recipe = _checked(recipe)
     _check_exports(recipe)
     _check_method(recipe.distill)
+    alignment.check_order(recipe.align)
     # a target that cannot be met is told from the config alone, before gigabytes are fetched
     choose(parse_target(recipe.target), Shape.from_config(teacher_config(recipe.teacher)))
     teacher = Checkpoint(resolve(hub_name(recipe.teacher)))

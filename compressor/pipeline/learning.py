@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +192,10 @@ def start(job: Job) -> str:
 
 
 def distill_student(job: Job) -> str:
-    """Train the student by the recipe's method; the best checkpoint becomes the student."""
+    """Train the student by the recipe's method; the best checkpoint becomes the student.
+
+    Where alignment follows it is put aside for that.
+    """
     from ..checkpoint import load_tokenizer
     from ..data import check_same_tokens
 
@@ -202,7 +206,8 @@ def distill_student(job: Job) -> str:
     else:
         result = _distilled(job, job.run.pruned, settings, folder, metrics=job.run.metrics, judge=_judge(job))
     if RANK == 0:
-        _write_student(job, result.best_folder or job.run.pruned)
+        aligned = bool(job.recipe.align.stages)
+        write_model(job, result.best_folder or job.run.pruned, job.run.distilled if aligned else job.run.student)
     # the training time of all sessions, where a kill came between
     seconds = {"seconds": round(result.seconds, 2)}
     job.facts = {"status": result.status, "summary": result.describe(), "tokens": result.tokens} | seconds
@@ -293,8 +298,11 @@ def _judge(job: Job) -> Judge | None:
     )
 
 
-def _write_student(job: Job, best: Path) -> None:
-    """Save the best weights in the teacher's precision, with the tokenizer and generation config beside them."""
+def write_model(job: Job, best: Path, place: Path, *, configs: Path | None = None) -> None:
+    """Save the best weights in the teacher's precision, with the tokenizer and generation config beside them.
+
+    configs: a folder whose config and generation config are kept instead of those beside the weights.
+    """
     import torch
 
     from ..checkpoint import DTYPES, copy_tokenizer, load_model, require_space
@@ -302,7 +310,10 @@ def _write_student(job: Job, best: Path) -> None:
 
     dtype = getattr(torch, DTYPES[job.teacher.metadata("model.embed_tokens.weight").dtype][0])
     require_space(job.run.folder, job.shape.parameters * dtype.itemsize)
-    with staged(job.run.student) as folder:
+    with staged(place) as folder:
         load_model(best, dtype=dtype).save_pretrained(folder)
         copy_tokenizer(job.run.pruned, folder)
+        if configs is not None:
+            for name in ("config.json", "generation_config.json"):
+                shutil.copyfile(configs / name, folder / name)
         verify(folder, job.shape)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckFailed, UserError
 from ..progress import progress
 from ..run import Run, staged, write_json
+from .alignment import align
 from .job import Job, public_name
 from .learning import answers, cache, correct, distill_student, start
 from .subject import Subject, suites_of
@@ -97,7 +98,10 @@ def surgery(job: Job) -> str:
 
 
 def evaluate_all(job: Job) -> str:
-    """Judge teacher, pruned model and student alike: held-out text, agreement with the teacher, the four skills."""
+    """Judge teacher, pruned model and student alike: held-out text, agreement with the teacher, the four skills.
+
+    Where alignment ran, what it started from is judged too.
+    """
     from ..data import text_batches
     from ..evaluate import evaluate as judge
     from ..runtime import TorchRuntime
@@ -110,7 +114,8 @@ def evaluate_all(job: Job) -> str:
     suites = suites_of(None, tokenizer, prompts=settings.prompts, seed=job.recipe.seed)
     teacher = TorchRuntime(job.teacher.folder, batch_size=settings.batch_size)
     results = {}
-    for name in ("teacher", "pruned", "student"):
+    before = ("distilled",) if job.recipe.align.stages else ()
+    for name in ("teacher", "pruned", *before, "student"):
         runtime = teacher
         if name != "teacher":
             runtime = TorchRuntime(getattr(job.run, name), batch_size=settings.batch_size)
@@ -181,6 +186,7 @@ STAGES: dict[str, Callable[[Job], str]] = {
     "cache": cache,
     "start": start,
     "distill": distill_student,
+    "align": align,
     "evaluate": evaluate_all,
     "export": export_all,
     "report": report,
@@ -199,7 +205,9 @@ def ship(run: Run, report: dict[str, Any], recipe: Recipe) -> None:
     scores = recipe.importance.model_copy(update={"scores": public_name(recipe.importance.scores)})
     teacher = public_name(hub_name(recipe.teacher))
     distill = recipe.distill.model_copy(update={"cache": public_name(recipe.distill.cache)})
-    sections = {"data": data, "importance": scores, "distill": distill}
+    places = {key: public_name(getattr(recipe.align, key)) for key in ("data", "pairs", "tasks")}
+    align = recipe.align.model_copy(update=places)
+    sections = {"data": data, "importance": scores, "distill": distill, "align": align}
     public = recipe.model_copy(update={"teacher": teacher} | sections)
     licence = run.read_facts().get("licence")
     write_card(run.student, report=report, teacher=public.teacher, recipe=public.to_yaml(), licence=licence)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MODELS = ("teacher", "pruned", "student")
+ALIGNED = ("teacher", "pruned", "distilled", "student")  # where alignment followed distillation
 SIZES = ("num_layers", "hidden", "ffn", "num_heads", "num_kv_heads", "head_dim", "vocab")
 
 
@@ -63,7 +64,7 @@ def build(
     missing = [model for model in MODELS if model not in evaluation]
     if missing:
         raise UserError(f"evaluation.json holds no {', '.join(missing)}; expected {', '.join(MODELS)}; evaluate again")
-    models = {model: _model(evaluation[model]) for model in MODELS}
+    models = {model: _model(evaluation[model]) for model in columns(evaluation)}
     stages = facts.get("stages", {})
     distilled = [line["tokens"] for line in metrics if "tokens" in line]
     return {
@@ -80,6 +81,8 @@ def build(
         "seconds": {stage: mark.get("seconds") for stage, mark in stages.items()},
         "shape": {"teacher": shape["teacher"], "student": shape["student"]},
         "kept": shape.get("kept"),
+        "align": {key: stages["align"][key] for key in ("sft", "pairs", "dpo") if key in stages.get("align", {})}
+        or None,
         "samples": _samples(evaluation),
         "correction": _correction(stages.get("correct")),
         "exports": exports or [],
@@ -91,6 +94,11 @@ def build(
 
 def _correction(mark: dict[str, Any] | None) -> dict[str, Any] | None:
     return mark and {key: mark[key] for key in ("mode", "used", "before", "after", "tokens")}
+
+
+def columns(found: dict[str, Any]) -> tuple[str, ...]:
+    """The models that an evaluation or a report holds, in the order of the story."""
+    return ALIGNED if "distilled" in found else MODELS
 
 
 def _model(result: dict[str, Any]) -> dict[str, Any]:
@@ -107,17 +115,18 @@ def _model(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _samples(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The same prompts answered by all three: [{skill, prompt, teacher, pruned, student: {answer,
+    """The same prompts answered by every model: [{skill, prompt, teacher, pruned, student: {answer,
     passed}}].
     """
+    models = columns(evaluation)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for model in MODELS:
+    for model in models:
         for sample in evaluation[model].get("samples", []):
             row = rows.setdefault(
                 (sample["skill"], sample["prompt"]), {"skill": sample["skill"], "prompt": sample["prompt"]}
             )
             row[model] = {"answer": sample["answer"], "passed": sample["passed"]}
-    return [row for row in rows.values() if all(model in row for model in MODELS)]
+    return [row for row in rows.values() if all(model in row for model in models)]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -205,8 +214,8 @@ def score(entry: dict[str, Any]) -> str:
 
 
 def model_rows(report: dict[str, Any]) -> list[list[str]]:
-    """Measure, teacher, pruned, student: the table at the heart of both pages."""
-    return measure_rows([report[model] for model in MODELS])
+    """Measure, then each of `columns`: the table at the heart of both pages."""
+    return measure_rows([report[model] for model in columns(report)])
 
 
 def measure_rows(models: list[dict[str, Any]]) -> list[list[str]]:
@@ -260,6 +269,29 @@ def export_rows(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def align_lines(report: dict[str, Any]) -> list[str]:
+    """What alignment did, one line per step; "distilled" is the student before it."""
+    lines = []
+    for name, found in report["align"].items():
+        if name == "pairs":
+            sides = ", ".join(
+                f"{which} from {found.get(f'{which}_teacher', 0):,} of the teacher's and "
+                f"{found.get(f'{which}_student', 0):,} of the student's answers"
+                for which in ("chosen", "rejected")
+            )
+            lines.append(f"pairs: {found['pairs']:,} made of {found['prompts']:,} prompts; {sides}")
+            continue
+        measures = {
+            "held-out loss": found["heldout_loss"],
+            "reward margin": found.get("heldout_margin"),
+            "reward accuracy": found.get("heldout_accuracy"),
+        }
+        told = [f"{key} {number(value[0])} to {number(value[1])}" for key, value in measures.items() if value]
+        kept = f"step {found['best_step']} kept" if found["best_step"] else "none better than what came in"
+        lines.append(f"{name}: {found['rows']:,} rows in {found['steps']:,} steps, {', '.join(told)}; {kept}")
+    return lines
+
+
 def shape_rows(report: dict[str, Any]) -> list[list[str]]:
     """Size, teacher, student."""
     teacher, student = report["shape"]["teacher"], report["shape"]["student"]
@@ -287,13 +319,15 @@ def render_markdown(report: dict[str, Any]) -> str:
     """The report for a terminal or a repository."""
     parts = [f"# {_cell(report['name'] or 'Compression report')}", f"Status: {_cell(report['status'])}."]
     parts.append("\n".join(f"- **{figure}** {_cell(meaning)}" for figure, meaning in headline(report)))
-    parts += ["## Quality", markdown_table(["", "teacher", "pruned", "student"], model_rows(report))]
+    parts += ["## Quality", markdown_table(["", *columns(report)], model_rows(report))]
     parts.append("Skill scores are shares of exact successes, with 95 % bootstrap intervals.")
     recovered = [[k, percent(v)] for k, v in report["recovery"]["skills"].items() if v is not None]
     if recovered:
         parts += ["## Recovered (student / teacher)", markdown_table(["skill", "share"], recovered)]
     if report["correction"]:
         parts += ["## Teacher correction", correction_line(report["correction"])]
+    if report["align"]:
+        parts += ["## Alignment", "\n".join(f"- {line}" for line in align_lines(report))]
     if report["exports"]:
         parts += ["## Exports", markdown_table(EXPORT_HEADER, export_rows(report))]
         parts += [f"{_cell(one['failed'])}." for one in report["exports"] if one.get("failed")]

@@ -4,7 +4,18 @@ from html import escape
 from typing import Any
 
 from ..units import duration
-from . import EXPORT_HEADER, MODELS, correction_line, export_rows, headline, kept_lines, model_rows, percent, shape_rows
+from . import (
+    EXPORT_HEADER,
+    align_lines,
+    columns,
+    correction_line,
+    export_rows,
+    headline,
+    kept_lines,
+    model_rows,
+    percent,
+    shape_rows,
+)
 from .plots import exports_plot, loss_plot, shape_plot, skills_plot
 
 STYLE = """
@@ -80,12 +91,13 @@ def render_html(report: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
         _card("Loss against tokens", loss_plot(metrics)),
         _card("Teacher, pruned and student", _models(report), wide=True),
         _card("Teacher correction", _correction(report["correction"]) if report["correction"] else None, wide=True),
+        _card("Alignment", _lines(align_lines(report)) if report["align"] else None, wide=True),
         _card("Exports", _exports(report) if report["exports"] else None, wide=True),
         _card("Shape, side by side", shape_plot(report)),
         _card("Sizes", _table(["", "teacher", "student"], shape_rows(report))),
         _card("What was kept", _kept(report["kept"]) if report["kept"] else None, wide=True),
         _card("Time per stage", _times(report["seconds"]) if report["seconds"] else None, wide=True),
-        _card("Answers side by side", _samples(report["samples"]) if report["samples"] else None, wide=True),
+        _card("Answers side by side", _samples(report) if report["samples"] else None, wide=True),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -125,7 +137,7 @@ def _models(report: dict[str, Any]) -> str:
         if recovered.get(row[0]) is not None:
             row[-1] = percent(recovered[row[0]])
     note = "Skills: share of exact successes. Ratio: student / teacher, the share recovered."
-    return _table(["", *MODELS, "ratio"], rows) + f'<p class="note">{note}</p>'
+    return _table(["", *columns(report), "ratio"], rows) + f'<p class="note">{note}</p>'
 
 
 def _exports(report: dict[str, Any]) -> str:
@@ -170,13 +182,17 @@ def _times(stages: dict[str, float | None]) -> str:
     )
 
 
-def _samples(samples: list[dict[str, Any]]) -> str:
+def _lines(lines: list[str]) -> str:
+    return "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
+
+
+def _samples(report: dict[str, Any]) -> str:
     parts = []
-    for sample in samples:
+    for sample in report["samples"]:
         answers = "".join(
             f'<dt class="{"yes" if sample[model]["passed"] else "no"}">{model}</dt>'
             f"<dd>{escape(sample[model]['answer'])}</dd>"
-            for model in MODELS
+            for model in columns(report)
         )
         parts.append(
             f'<div class="sample"><b>{escape(sample["skill"])}</b>'

@@ -2,22 +2,30 @@
 
 A loss function maps (student, batch) to a *sum* over the batch's targets, never a mean, so that a step
 divides by the targets of the whole step: all micro-batches, all ranks. `loop` is the story, `trainer` the
-Trainer, `metrics` what is written and shown.
+Trainer, `whole` how its checkpoints get to disk, `metrics` what is written and shown.
 """
 
-from .loop import TrainResult, check, mean_length, train
-from .trainer import Judge, LossFunction, LossSum, Objective, Supply, Trainer, last_checkpoint
+from .loop import TrainResult, check, mean_length, quiet, train
+from .metrics import json_lines
+from .trainer import Judge, LastStepIsLogged, LossFunction, LossSum, Objective, Supply, Trainer
+from .whole import WholeCheckpoints, checkpoint_step, last_checkpoint, sweep
 
 __all__ = [
     "Judge",
+    "LastStepIsLogged",
     "LossFunction",
     "LossSum",
     "Objective",
     "Supply",
     "TrainResult",
     "Trainer",
+    "WholeCheckpoints",
     "check",
+    "checkpoint_step",
+    "json_lines",
     "last_checkpoint",
     "mean_length",
+    "quiet",
+    "sweep",
     "train",
 ]

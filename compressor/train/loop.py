@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +22,8 @@ from ..errors import UserError
 from ..progress import progress
 from ..run import processes
 from .metrics import Progress, metric_lines
-from .trainer import Judge, LossFunction, NotFiniteError, Supply, Trainer, checkpoint_step, last_checkpoint
+from .trainer import Judge, LossFunction, NotFiniteError, Supply, Trainer
+from .whole import checkpoint_step, last_checkpoint, sweep
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(settings, steps=steps, folder=folder, seed=seed, best=judge.best if judge else "loss")
     if arguments.should_save:
-        for leftover in [*folder.glob(".checkpoint-*.part"), *folder.glob(".checkpoint-*.old")]:
-            shutil.rmtree(leftover)
+        sweep(folder)
     student: Any = model
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -103,7 +102,7 @@ def train(
         student.activation_checkpointing_enable({"use_reentrant": False})
     board, last = TensorBoardCallback(), last_checkpoint(folder)
     board.logging_dir = str(folder / "tensorboard")
-    with _quiet(), progress(section, total=steps, unit="steps") as advance:
+    with quiet(), progress(section, total=steps, unit="steps") as advance:
         trainer = Trainer(
             student,
             loss=loss,
@@ -260,7 +259,7 @@ def _arguments(settings: Any, *, steps: int, folder: Path, seed: int, best: str)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' own talk and bars off the screen; ours is the only one."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()

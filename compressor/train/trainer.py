@@ -1,16 +1,13 @@
 """transformers.Trainer with a loss function, token-exact normalisation and whole checkpoints.
 
 The student lives inside `Objective`, whose forward computes the loss: wrapping that module (DDP) keeps
-gradient hooks in the path without any full logits. Checkpoints are written aside, synced and renamed, so
-a `checkpoint-N` folder is whole whenever it exists; each is a stock Hugging Face folder plus the
-Trainer's state.
+gradient hooks in the path without any full logits. Each checkpoint (see `whole`) is a stock Hugging Face
+folder plus the Trainer's state.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -22,13 +19,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
-from ..checkpoint import require_space
 from ..data import Batch, collate, real_tokens, targets
 from ..errors import UserError
-from ..run import staged, write_text
+from ..run import write_text
 from .metrics import json_lines, metric_lines
+from .whole import WholeCheckpoints, checkpoint_step
 
 BESIDE = "beside"  # folder in a checkpoint, out of the way of whoever loads the student
 
@@ -106,7 +102,7 @@ class LastStepIsLogged(TrainerCallback):
         control.should_log |= state.global_step >= state.max_steps
 
 
-class Trainer(transformers.Trainer):
+class Trainer(WholeCheckpoints, transformers.Trainer):
     """The loop of transformers with our loss, our normalisation, our held-out loss and our checkpoints."""
 
     loss_is_scaled_for_ga = True
@@ -259,34 +255,13 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         begun = time.perf_counter()
-        folder = Path(str(self.args.output_dir))
-        final = folder / f"checkpoint-{self.state.global_step}"
-        best = folder / f"checkpoint-{self.state.best_global_step}"
-        self.store_flos()
-        self.state.best_model_checkpoint = str(best) if self.state.best_global_step else None
-        if self.args.should_save:
-            # Weights in float32 and the two moments of AdamW, with a little room.
-            require_space(folder, 13 * sum(p.numel() for p in self.student.parameters() if p.requires_grad))
-        with staged(final) if self.args.should_save else contextlib.nullcontext() as aside:
-            place = [str(aside)]
-            if self.args.world_size > 1:
-                torch.distributed.broadcast_object_list(place)
-            self.save_model(place[0], _internal_call=True)
-            self._save_optimizer_and_scheduler(place[0])
-            self._save_scaler(place[0])
-            self._save_rng_state(place[0])
-            if self.supply is not None:
-                (Path(place[0]) / BESIDE).mkdir(exist_ok=True)
-                self.supply.save(Path(place[0]) / BESIDE)
-            if self.args.should_save:
-                self.state.save_to_json(str(Path(place[0]) / TRAINER_STATE_NAME))
-            self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            for other in set(folder.glob("checkpoint-*")) - {final, best}:
-                # Renamed first: a kill in the middle must not leave half a folder under a good name.
-                shutil.rmtree(other.rename(folder / f".{other.name}.old"))
-        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
         self._last_log += time.perf_counter() - begun
+
+    def _save_more(self, folder: Path) -> None:
+        if self.supply is not None:
+            (folder / BESIDE).mkdir(exist_ok=True)
+            self.supply.save(folder / BESIDE)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The student alone, as stock transformers would save it; of a partly frozen one, what is trained."""
@@ -325,13 +300,3 @@ def _frozen(model: nn.Module) -> set[str]:
     """Names of the parameters that are not trained."""
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if not parameter.requires_grad}
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the latest step, if there is any: a folder of that name is whole."""
-    return max(folder.glob("checkpoint-*"), key=checkpoint_step, default=None)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The step a checkpoint was saved after."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
