@@ -340,16 +340,21 @@ def top(teacher, k, temperature=1.0, *, confidence=1.0, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_tail_of_a_billionth_is_told_in_float32(divergence):
+@pytest.mark.parametrize("confidence", [1.0, 8.0])  # of the teacher: its tail is large and the student's small, or both
+def test_a_tail_of_a_billionth_is_told_in_float32(divergence, confidence):
     """What the top k leave of 1 is then all rounding; both tails have to be sums of their own."""
     student, teacher, _ = inputs()
-    kept, _ = top(teacher, 3, confidence=8.0)
-    assert -40 < kept.log_tail_N.median() < -10
-    sure = student[0].detach() * 30  # the student is as sure of itself
-    expected = fused_linear_divergence(sure.requires_grad_(), student[1], kept, divergence=divergence).loss
+    kept, _ = top(teacher, 3, confidence=confidence)
+    assert (kept.log_tail_N.median() < -10) == (confidence > 1)
+    sure = (student[0].detach() * 30).requires_grad_()
+    log_q = (sure @ student[1].t()).log_softmax(-1)
+    tail = log_q.scatter(1, kept.ids_NK, -torch.inf).logsumexp(-1, keepdim=True)
+    assert tail.min() < -16  # below what float32 leaves of 1
+    log_q, log_p = torch.cat([log_q.gather(1, kept.ids_NK), tail], -1), kept.with_tail()
+    expected = REFERENCES[divergence](log_p, log_q, DIVERGENCES[divergence].mix).sum()
     wanted = torch.autograd.grad(expected, sure)[0]
     narrow = sure.detach().float().requires_grad_()
-    kept, _ = top(teacher, 3, confidence=8.0, dtype=torch.float32)
+    kept, _ = top(teacher, 3, confidence=confidence, dtype=torch.float32)
     found = fused_linear_divergence(narrow, student[1].float(), kept, divergence=divergence).loss
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(found, narrow)[0].double(), wanted, rtol=1e-3, atol=1e-4)
