@@ -25,7 +25,9 @@ from compressor.errors import CheckFailed
 from compressor.recipe import set_value
 from compressor.run import read_json, write_json
 
-MINILLM = {"distill.method": "minillm"}
+PROMPTS = {"distill.prompts": 2000}  # that the teacher or the student answers
+MINILLM = PROMPTS | {"distill.method": "minillm"}
+GKD = PROMPTS | {"distill.method": "gkd"}
 ARMS: dict[str, dict[str, Any]] = {
     "forward_kl": {},
     "reverse_kl": {"distill.divergence": "reverse_kl"},
@@ -36,10 +38,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "no hidden states": {"distill.hidden_loss": "off"},
     "hidden states": {"distill.hidden_loss": "cosine"},
     "sft": {"distill.method": "sft"},
-    "seqkd": {"distill.method": "seqkd"},
-    "gkd": {"distill.method": "gkd"},
+    "seqkd": PROMPTS | {"distill.method": "seqkd"},
+    "gkd": GKD,
     "minillm": MINILLM,
-    "gkd from kl": {"distill.method": "gkd", "onpolicy.start": "kl"},
+    "gkd from kl": GKD | {"onpolicy.start": "kl"},
     "minillm from kl": MINILLM | {"onpolicy.start": "kl"},
     "minillm, reference": MINILLM | {"onpolicy.variant": "reference"},
     "minillm without its start": MINILLM | {"onpolicy.start": "none"},

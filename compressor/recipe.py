@@ -144,6 +144,7 @@ class OnPolicy(Section):
     start: Literal["sft", "kl", "none"] = Field("sft", description="how the student is trained beforehand")
     start_share: float = Field(0.5, gt=0, lt=1, description="of distill.tokens, for that start")
     share: float = Field(0.5, gt=0, le=1, description="of a step's rows that are its answers; the rest are the data")
+    batch: int = Field(128, gt=0, description="rows per optimizer step, answers and data, over all processes")
     lr: float = Field(5e-6, gt=0, description="learning rate, constant after the warm-up")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
     answers: int = Field(256, gt=0, description="answers of a round, which are trained on before others are sampled")
@@ -348,7 +349,7 @@ DERIVED = (
     ("importance", "batch_size"),
     *(("correct", key) for key in ("peak_lr", *_TRAINING)),
     *(("distill", key) for key in _TRAINING),
-    *(("onpolicy", key) for key in ("lr", "warmup_steps", "answers", "inner_epochs")),
+    *(("onpolicy", key) for key in ("batch", "lr", "warmup_steps", "answers", "inner_epochs")),
     *(("align", key) for key in ("sft_lr", "dpo_lr", "micro_batch")),
 )
 # of the teacher's own peak learning rate: the paper's fifth for all weights; what is fewer moves further, as measured
@@ -361,7 +362,7 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     tokens: half a token per parameter of the student, as Minitron's short retraining (1.8B tokens for 4B), a million
     at least. batch: so that there are 400 steps, also theirs, between 8 and 768 rows, an equal share for each of the
     processes. lr: 1e-4 at hidden 4096, inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most. A
-    round of answers is four steps', as MiniLLM's (256 of 64), which reads it four times; GKD's divergence is the JSD.
+    step holds that many answers, and as many rows of data beside them; a round is four steps', as MiniLLM's (256 of 64), which reads it four times; GKD's divergence is the JSD.
     A correction, where one is asked for: see `_correction`.
     Alignment's rates follow the same rule from 2e-5 for SFT and 5e-7 for DPO, what 7B models are aligned with (Zephyr,
     arXiv 2310.16944); a small student learns nothing from a large one's rate.
@@ -378,11 +379,10 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     steps = max(1, round(tokens / (batch * context)))
     lr = _chosen(recipe.distill, "lr", _usual_lr(student))
     fitting = max(1, 2**23 // (teacher.hidden * context))  # activations of a forward pass stay small beside the weights
-    mixes = recipe.distill.method in ON_POLICY and recipe.onpolicy.share < 1  # a step has two kinds of micro-batches
     distill = {
         "tokens": tokens,
         "batch": batch,
-        "micro_batch": _micro_batch(batch, processes, fitting, kinds=2 if mixes else 1),
+        "micro_batch": _micro_batch(batch, processes, fitting),
         "lr": lr,
         "min_lr": lr / 10,
         "warmup_steps": min(40, steps // 10),
@@ -392,8 +392,10 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     if recipe.distill.method == "gkd":
         distill["divergence"] = "jsd"
     rows = processes * _chosen(recipe.distill, "micro_batch", distill["micro_batch"])
-    own = max(1, round(recipe.onpolicy.share * (batch // rows))) * rows  # answers of a step
+    both = _chosen(recipe.onpolicy, "batch", batch if recipe.onpolicy.share == 1 else 2 * batch)
+    own = max(1, round(recipe.onpolicy.share * (both // rows))) * rows  # answers of a step
     onpolicy = {
+        "batch": both,
         "lr": lr / 10,
         "warmup_steps": min(10, steps // 20),
         "answers": 4 * own,
@@ -449,10 +451,9 @@ def _usual_lr(shape: Shape) -> float:
     return min(2e-3, round(1e-4 * 4096 / shape.hidden, 6))
 
 
-def _micro_batch(batch: int, processes: int, fitting: int, *, kinds: int = 1) -> int:
+def _micro_batch(batch: int, processes: int, fitting: int) -> int:
     share = max(1, batch // processes)  # rows of a step for each process
-    most = max(1, share // kinds)
-    return max(rows for rows in range(1, most + 1) if share % rows == 0 and rows <= fitting)
+    return max(rows for rows in range(1, share + 1) if share % rows == 0 and rows <= fitting)
 
 
 def derived(recipe: Recipe) -> dict[str, Any]:

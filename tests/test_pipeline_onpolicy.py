@@ -14,7 +14,7 @@ import compressor
 from compressor.errors import CheckFailed, UserError
 from compressor.run import read_json
 
-OWN = {"distill": {"max_new_tokens": 8, "judged_prompts": 6}, "onpolicy": {"answers": 4, "inner_epochs": 2}}
+OWN = {"distill": {"max_new_tokens": 8, "judged_prompts": 6}, "onpolicy": {"batch": 4, "answers": 4, "inner_epochs": 2}}
 
 
 def own(world, method="minillm", distill=(), **onpolicy):  # noqa: F811

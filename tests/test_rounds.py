@@ -29,7 +29,7 @@ STEPS = 12
 
 
 def options(**changes):
-    values = {"answers": 8, "inner_epochs": 3, "lr": 1e-2, "warmup_steps": 1, "sample_rows": 3}
+    values = {"batch": 8, "answers": 8, "inner_epochs": 3, "lr": 1e-2, "warmup_steps": 1, "sample_rows": 3}
     return OnPolicy.model_validate(values | changes)
 
 
@@ -149,6 +149,7 @@ def test_advantages_are_whitened_over_the_round():
     ("changes", "words"),
     [
         ({"micro_batch": 8}, "1 micro-batches"),
+        ({"batch": 9}, "expected a multiple"),
         ({"answers": 6}, "expected a multiple of 4"),
         ({"share": 0.05}, "expected at least one of answers"),
     ],

@@ -81,7 +81,7 @@ def distill(
         batches=batches,
         heldout=heldout,
         settings=settings.model_copy(
-            update={"lr": options.lr, "min_lr": options.lr, "warmup_steps": options.warmup_steps}
+            update={name: getattr(options, name) for name in ("batch", "lr", "warmup_steps")} | {"min_lr": options.lr}
         ),
         folder=folder,
         metrics=metrics,
@@ -111,7 +111,12 @@ def check(settings: Any, options: Any) -> tuple[int, int]:
     Raises UserError where the share or the rounds cannot be kept.
     """
     rows = settings.micro_batch * processes()
-    of = settings.batch // rows
+    if options.batch % rows:
+        raise UserError(
+            f"onpolicy.batch is {options.batch} rows, and the processes take {rows} at a time; expected a multiple; "
+            "change onpolicy.batch or distill.micro_batch"
+        )
+    of = options.batch // rows
     own = round(options.share * of)
     if not own or (own == of and options.share < 1):
         raise UserError(
