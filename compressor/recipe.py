@@ -361,9 +361,9 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
 
     tokens: half a token per parameter of the student, as Minitron's short retraining (1.8B tokens for 4B), a million
     at least. batch: so that there are 400 steps, also theirs, between 8 and 768 rows, an equal share for each of the
-    processes. lr: 1e-4 at hidden 4096, inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most. A
-    step holds that many answers, and as many rows of data beside them; a round is four steps', as MiniLLM's (256 of 64), which reads it four times; GKD's divergence is the JSD.
-    A correction, where one is asked for: see `_correction`.
+    processes. lr: 1e-4 at hidden 4096, inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most.
+    onpolicy: a step holds `batch` answers and as many rows of data, a round the answers of four steps, read four times,
+    as MiniLLM's (256 of 64); GKD reads them once, and its divergence is the JSD. A correction: see `_correction`.
     Alignment's rates follow the same rule from 2e-5 for SFT and 5e-7 for DPO, what 7B models are aligned with (Zephyr,
     arXiv 2310.16944); a small student learns nothing from a large one's rate.
     """
