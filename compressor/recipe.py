@@ -171,7 +171,7 @@ class Align(Section):
     data: str | None = Field(None, description="chats for sft, as data.source, which they are unless given")
     examples: int = Field(10_000, gt=0, description="chats that sft reads")
     sft_epochs: int = Field(1, gt=0, description="times that sft reads them")
-    sft_lr: float = Field(2e-5, gt=0, description="peak learning rate of sft")
+    sft_lr: float = Field(1e-5, gt=0, description="peak learning rate of sft")
     pairs: str | None = Field(
         None, description="prompt, chosen, rejected: Hub id, JSONL, parquet; made from the models' answers unless given"
     )
@@ -364,8 +364,8 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     processes. lr: 1e-4 at hidden 4096, inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most.
     onpolicy: a step holds `batch` answers and as many rows of data, a round the answers of four steps, read four times,
     as MiniLLM's (256 of 64); GKD reads them once, and its divergence is the JSD. A correction: see `_correction`.
-    Alignment's rates follow the same rule from 2e-5 for SFT and 5e-7 for DPO, what 7B models are aligned with (Zephyr,
-    arXiv 2310.16944); a small student learns nothing from a large one's rate.
+    Alignment: SFT goes on at the rate that distillation ended with, since a higher one undoes part of it; DPO's follows
+    the same rule of width from 5e-7, what 7B models are tuned with (Zephyr, arXiv 2310.16944).
     """
     context = _chosen(recipe.data, "context", min(4096, max_positions))
     if context > max_positions:
@@ -405,10 +405,9 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     if recipe.correct.mode != "off":
         correct = _correction(recipe.correct, teacher, tokens=tokens, batch=batch, context=context)
         correct["micro_batch"] = _micro_batch(_chosen(recipe.correct, "batch", batch), processes, fitting)
-    width = 4096 / student.hidden
     align = {
-        "sft_lr": min(1e-3, round(2e-5 * width, 8)),
-        "dpo_lr": min(1e-4, round(5e-7 * width, 9)),
+        "sft_lr": _chosen(recipe.distill, "min_lr", lr / 10) or lr / 10,
+        "dpo_lr": min(1e-4, round(5e-7 * 4096 / student.hidden, 9)),
         "micro_batch": _micro_batch(recipe.align.batch, processes, max(1, fitting // 2)),
     }
     return recipe.model_copy(
