@@ -22,6 +22,11 @@ from .errors import UserError
 RANK = int(os.environ.get("RANK", "0"))  # of this process among those that a launcher started
 
 
+def processes() -> int:
+    """How many a launcher started; accelerate knows it on a CPU only once there is a Trainer."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def aside(path: Path) -> Iterator["Writer"]:
     """A file opened under another name and renamed to `path` once synced; removed if anything fails.

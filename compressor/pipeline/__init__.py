@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .. import recipe as recipes
 from ..architecture import choose, parse_target
 from ..errors import CheckFailed, UserError
-from ..run import RANK, Run, read_json, write_text
+from ..run import RANK, Run, processes, read_json, write_text
 from ..shape import Shape
 from . import learning
 from .finished import bench, evaluate, export, package
@@ -137,6 +137,7 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
     from ..plan import hub_name, teacher_config
 
     hush()
+    PartialState()  # processes on GPUs meet here, while all of them are at the same place
     recipe = _checked(recipe)
     _check_exports(recipe)
     _check_method(recipe.distill)
@@ -147,7 +148,7 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
     shape = choose(parse_target(recipe.target), teacher.shape)
     positions = teacher.config.get("max_position_embeddings") or recipe.data.context
     sizes = {"teacher": teacher.shape, "student": shape, "max_positions": positions}
-    recipe = recipes.resolve(recipe, **sizes, processes=PartialState().num_processes)
+    recipe = recipes.resolve(recipe, **sizes, processes=processes())
     if recipe.data.source is None:
         say(f"data: {DEFAULT_DATA} (the default; choose another with --data)")
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": DEFAULT_DATA})})

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -22,6 +21,7 @@ from transformers.utils import logging as hf_logging
 from ..data import Batch, real_tokens, targets
 from ..errors import UserError
 from ..progress import progress
+from ..run import processes
 from .metrics import Progress, metric_lines
 from .trainer import LossFunction, NotFiniteError, Trainer, checkpoint_step, last_checkpoint
 
@@ -145,12 +145,12 @@ def check(
 
     Raises UserError for settings that do not fit together, and for data without rows or without a target.
     """
-    processes = PartialState().num_processes
+    count = processes()
     if not any(bool(targets(batch).any()) for batch in heldout):
         raise UserError("the held-out data has no target token; expected at least one; use more data")
-    if len(heldout) < processes:
+    if len(heldout) < count:
         raise UserError(
-            f"there are {len(heldout)} held-out batches for {processes} processes; expected one each; "
+            f"there are {len(heldout)} held-out batches for {count} processes; expected one each; "
             f"raise distill.heldout_rows or lower {section}.micro_batch"
         )
     if settings.min_lr > settings.lr:
@@ -158,10 +158,10 @@ def check(
             f"{section}.min_lr is {settings.min_lr}; expected at most {section}.lr, {settings.lr}; "
             f"lower {section}.min_lr"
         )
-    per_step = settings.micro_batch * processes
+    per_step = settings.micro_batch * count
     if settings.batch % per_step:
         raise UserError(
-            f"{section}.batch is {settings.batch} rows, and {processes} process(es) take "
+            f"{section}.batch is {settings.batch} rows, and {count} process(es) take "
             f"{settings.micro_batch} each at a time; expected a multiple of {per_step}; "
             f"change {section}.batch or {section}.micro_batch"
         )
