@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..run import alone, check_about, read_json, write_json, write_text
+from ..run import build_shards, write_text
 from ..runtime import Runtime
 from ..runtime.prompts import ids_of
 
-INDEX, DATA = "index.json", "data"
+DATA = "data"
 SHARD_PROMPTS = 128
 
 
@@ -56,25 +56,20 @@ def build(
     """
     about = about | {"tasks": len(tasks), "samples": samples, "temperature": temperature}
     about |= {"max_new_tokens": max_new_tokens, "seed": seed}
-    with alone(folder):
-        index = _begun(folder, about)
-        done = sum(shard["prompts"] for shard in index["shards"])
-        progress(done)
-        if not index["complete"]:
-            models = {"student": student(), "teacher": teacher()} if done < len(tasks) else {}
-            for start in range(done, len(tasks), SHARD_PROMPTS):
-                group = tasks[start : start + SHARD_PROMPTS]
-                sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed + 1_000_003 * start}
-                sampling |= {"temperature": temperature, "samples": samples}
-                pairs, outcomes = _shard(group, models, score, **sampling)
-                name = f"{len(index['shards']):05d}.jsonl"
-                lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-                write_text(folder / DATA / name, "".join(lines))
-                index["shards"].append({"name": name, "prompts": len(group), "outcomes": dict(outcomes)})
-                write_json(folder / INDEX, index)
-                progress(len(group))
-            index["complete"] = True
-            write_json(folder / INDEX, index)
+    models: dict[str, Runtime] = {}
+
+    def write(number: int, group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if not models:
+            models.update(student=student(), teacher=teacher())
+        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed + 1_000_003 * number}
+        pairs, outcomes = _shard(group, models, score, **sampling, temperature=temperature, samples=samples)
+        name = f"{number:05d}.jsonl"
+        write_text(folder / DATA / name, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+        progress(len(group))
+        return {"name": name, "prompts": len(group), "outcomes": dict(outcomes)}
+
+    groups = (tasks[start : start + SHARD_PROMPTS] for start in range(0, len(tasks), SHARD_PROMPTS))
+    index = build_shards(folder, about, groups, write, passed=lambda group: progress(len(group)))
     if not outcome_counts(index)["pairs"]:
         raise UserError(
             f"no prompt in {folder} has a better and a worse answer ({dict(outcome_counts(index))}); expected some; "
@@ -142,12 +137,3 @@ def _shard(
 
 def _message(answer: Answer) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": answer.text}]
-
-
-def _begun(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
-    (folder / DATA).mkdir(parents=True, exist_ok=True)
-    if not (folder / INDEX).is_file():
-        return {"about": about, "shards": [], "complete": False}
-    index = read_json(folder / INDEX)
-    check_about(folder, index, about)
-    return index

@@ -34,7 +34,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from ..checkpoint import load_model
 from ..errors import UserError
 from ..progress import Advance, progress
-from ..run import check_about, read_json, write_json, write_text
+from ..run import check_about, processes, read_json, write_json, write_text
 from ..train import LastStepIsLogged, WholeCheckpoints, checkpoint_step, json_lines, last_checkpoint, quiet, sweep
 
 WARMUP_SHARE, EVALUATIONS = 10, 10  # a tenth of the steps; times that the held-out rows are looked at
@@ -158,10 +158,10 @@ def train(
 
 def check(settings: Any, *, rows: int, epochs: int) -> int:
     """Optimizer steps for so many rows. Raises UserError where a batch cannot be dealt out."""
-    each = settings.micro_batch * PartialState().num_processes
+    each = settings.micro_batch * processes()
     if settings.batch % each:
         raise UserError(
-            f"align.batch is {settings.batch}, and {PartialState().num_processes} process(es) take "
+            f"align.batch is {settings.batch}, and {processes()} process(es) take "
             f"{settings.micro_batch} each at a time; expected a multiple of {each}; change align.batch or "
             "align.micro_batch"
         )
@@ -208,7 +208,7 @@ def _arguments(
         "max_steps": steps,
         "per_device_train_batch_size": settings.micro_batch,
         "per_device_eval_batch_size": settings.micro_batch,
-        "gradient_accumulation_steps": settings.batch // (settings.micro_batch * PartialState().num_processes),
+        "gradient_accumulation_steps": settings.batch // (settings.micro_batch * processes()),
         "learning_rate": getattr(settings, f"{stage}_lr"),
         "lr_scheduler_type": "cosine",
         "warmup_steps": steps // WARMUP_SHARE,

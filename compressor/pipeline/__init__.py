@@ -144,11 +144,14 @@ def cache(recipe: Recipe | dict[str, Any], *, out: Path | str, say: Say = quiet)
 
 def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> Job:
     """The recipe, whole, with the teacher's checkpoint. UserError for what cannot be done."""
+    from accelerate import PartialState
+
     from ..checkpoint import Checkpoint, resolve
     from ..data import DEFAULT_DATA
     from ..plan import hub_name, teacher_config
 
     hush()
+    PartialState()  # processes on GPUs meet here, while all of them are at the same place
     recipe = _checked(recipe)
     _check_exports(recipe)
     _check_method(recipe.distill)

@@ -142,14 +142,14 @@ def _make_pairs(job: Job, student: Path) -> None:
     settings, batch_size = job.recipe.align, job.recipe.evaluate.batch_size
     tasks = _tasks(job)
     about = {
-        "teacher": job.teacher.fingerprint(),
+        "teacher": job.taught_by.fingerprint(),
         "student": Checkpoint(student).fingerprint(),
         "prompts": sha256(json.dumps(tasks, sort_keys=True).encode()).hexdigest(),
     }
     with progress("pairs", total=len(tasks), unit="prompts") as advance:
         index = build(
             job.run.pairs,
-            teacher=lambda: TorchRuntime(job.teacher.folder, batch_size=batch_size),
+            teacher=lambda: TorchRuntime(job.taught_by.folder, batch_size=batch_size),
             student=lambda: TorchRuntime(student, batch_size=batch_size),
             tasks=tasks,
             score=_passed,
