@@ -23,7 +23,7 @@ RANK = int(os.environ.get("RANK", "0"))  # of this process among those that a la
 
 
 def processes() -> int:
-    """How many a launcher started; accelerate knows it on a CPU only once there is a Trainer."""
+    """How many a launcher started; on a CPU accelerate says 1 until there is a Trainer."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
