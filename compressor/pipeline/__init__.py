@@ -151,7 +151,7 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
     from ..plan import hub_name, teacher_config
 
     hush()
-    PartialState()  # processes on GPUs meet here, while all of them are at the same place
+    PartialState()  # a launcher's processes meet at the first call: here, where all of them come by
     recipe = _checked(recipe)
     _check_exports(recipe)
     _check_method(recipe.distill)
