@@ -169,9 +169,11 @@ def measure_rate(*, precision: str = "auto", seconds: float = 0.5) -> Rate:
 
 
 def estimate(recipe: Any, *, teacher: Shape, student: Shape, rate: Rate) -> tuple[Stage, ...]:
-    """The stages in order: teacher, importance, surgery; correct, answers or cache where the recipe has them; distill;
-    align if asked for; evaluate. Pure; one device is assumed.
+    """The stages in order: teacher, importance, surgery; correct, answers, cache or the student's own answers where the
+    recipe has them; distill; align if asked for; evaluate. Pure; one device is assumed.
     """
+    from .recipe import ON_POLICY
+
     value = 2 if rate.precision == "bf16" else 4
     held = 4 if rate.device.startswith("CPU") else value  # a teacher is float32 on a processor whatever the precision
     settings = recipe.distill
@@ -180,6 +182,8 @@ def estimate(recipe: Any, *, teacher: Shape, student: Shape, rate: Rate) -> tupl
         asked = (_answers(recipe, teacher, rate, held),)
     elif settings.method == "kl" and settings.signal != "online":
         asked = (_cache(recipe, teacher, rate, value, held),)
+    elif settings.method in ON_POLICY:
+        asked = (_own_answers(recipe, teacher, student, rate, held),)
     return (
         _teacher(teacher, held),
         _importance(recipe, teacher, student, rate, value, held),
@@ -305,6 +309,28 @@ def _cache(recipe: Any, teacher: Shape, rate: Rate, value: int, held: int) -> St
     seconds = _compute_seconds(flops, rate) + tokens * each / DISK_BYTES_PER_SECOND
     note = f"{tokens:,} tokens once through the teacher, {each:,} bytes each: {size(tokens * each)} on disk at most"
     return Stage("cache", memory, flops, seconds, note, tokens * each)
+
+
+def _own_answers(recipe: Any, teacher: Shape, student: Shape, rate: Rate, held: int) -> Stage:
+    """What gkd and minillm sample while they train: each new token reads the student, and the teacher where it has a
+    share, with their KV caches. Answers are taken to be `max_new_tokens` long, and prompts half a context.
+    """
+    settings, own, context = recipe.distill, recipe.onpolicy, recipe.data.context
+    tokens = settings.tokens * (1 - own.start_share if own.start != "none" else 1)
+    answers = round(tokens / context * own.share / own.inner_epochs)
+    seen = min(context, context // 2 + settings.max_new_tokens)
+    drawn = [(student, 4)] + ([(teacher, held)] if settings.method == "minillm" and own.teacher_share else [])
+    flops = sum(answers * seen * model.flops_per_token(seen / 2) for model, _ in drawn)
+    caches = sum(own.sample_rows * seen * model.kv_bytes_per_token(value) for model, value in drawn)
+    weights = sum(value * model.parameters for model, value in drawn)
+    read = -(-answers // own.sample_rows) * settings.max_new_tokens * (weights + caches)
+    return Stage(
+        "rounds",
+        held * teacher.parameters + 16 * student.parameters + caches,
+        round(flops),
+        _compute_seconds(flops, rate) + read / rate.bytes_per_second,
+        f"{answers:,} answers of the student's own, beside its training",
+    )
 
 
 def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int, held: int) -> Stage:

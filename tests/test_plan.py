@@ -246,3 +246,13 @@ def test_a_correction_is_planned_where_it_is_asked_for():
     assert found["norms"].memory_bytes < found["lora"].memory_bytes < 6 * shape.parameters
     heldout = 2 * 32 * 512 * shape.flops_per_token(256)
     assert (found["full"].flops - heldout) * 2 == (found["lora"].flops - heldout) * 3
+
+
+def test_answers_of_the_students_own_are_planned():
+    teacher, student = shape_of("llama-3.1-8b"), shape_of("llama-3.1-minitron-4b-width")
+    assert "rounds" not in stages(teacher, student)
+    found = {method: stages(teacher, student, method=method)["rounds"] for method in ("gkd", "minillm")}
+    assert found["minillm"].seconds > found["gkd"].seconds > 0  # it draws from the teacher too
+    assert found["minillm"].flops > found["gkd"].flops
+    assert found["gkd"].note.startswith(f"{round(1_000_000 / 2 / 512 * 0.5 / 4):,} answers")
+    assert stages(teacher, student, method="gkd")["distill"].flops == stages(teacher, student)["distill"].flops
