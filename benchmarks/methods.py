@@ -7,7 +7,7 @@ same pruned weights; the seed shuffles and samples. An arm that is finished is n
 holds what was measured so far. `--arms` takes names of ARMS; `--set` changes every run's recipe. On-policy arms spend
 part of the tokens on their start. Columns: held-out cross-entropy (nats per token), forward KL to the teacher, mean of
 the four skills and each of them, Rouge-L (5 samples of each prompt at temperature 1), distinct-4, length over the
-reference's, repetition, ECE, excess accumulated error at the last length (%), seconds of training.
+reference's, repetition, ECE, excess accumulated error at the last length (%), tokens and seconds of training.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from compressor import pipeline
 from compressor.errors import CheckFailed
-from compressor.recipe import set_value
+from compressor.recipe import ON_POLICY, set_value
 from compressor.run import read_json, write_json
 
 PROMPTS = {"distill.prompts": 2000}  # that the teacher or the student answers
@@ -51,7 +51,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "minillm without its anchor": MINILLM | {"onpolicy.anchor": 0.0},
 }
 COLUMNS = ("loss", "kl", "skills", "instruction", "roleplay", "rag", "tools", "rouge_l", "distinct_4")
-COLUMNS += ("length_drift", "repetition", "ece", "ex_acc_err", "seconds")
+COLUMNS += ("length_drift", "repetition", "ece", "ex_acc_err", "tokens", "seconds")
 
 
 def recipe_of(options: argparse.Namespace, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
@@ -67,18 +67,19 @@ def recipe_of(options: argparse.Namespace, seed: int, changes: dict[str, Any]) -
 def measured(options: argparse.Namespace, arm: str, seed: int, scores: Path) -> dict[str, float]:
     """Train one arm, or read what it left, and judge its student."""
     folder = options.out / f"{arm.replace(' ', '-').replace(',', '')}-{seed}"
+    changes = {"importance.scores": str(scores)} | ARMS[arm]
+    if ARMS[arm].get("distill.method") in ON_POLICY:
+        changes["evaluate.prompts"] = options.prompts  # the checkpoint is chosen by others than these
+    try:
+        pipeline.distill(recipe_of(options, seed, changes), out=folder, say=print)
+    except CheckFailed as failed:  # a student that came out worse is a result too
+        print(failed)
     if not (folder / "judged.json").exists():
-        try:
-            pipeline.distill(
-                recipe_of(options, seed, {"importance.scores": str(scores)} | ARMS[arm]), out=folder, say=print
-            )
-        except CheckFailed as failed:  # a student that came out worse is a result too
-            print(failed)
         judged = pipeline.evaluate(str(folder), prompts=options.prompts, tokens=20_000, generation=True)
         write_json(folder / "judged.json", judged["result"])
     found, stages = read_json(folder / "judged.json"), read_json(folder / "run.json")["stages"]
     writing, skills = found["generation"], {name: score["score"] for name, score in found["skills"].items()}
-    seconds = sum(stages[name]["seconds"] for name in ("answers", "start", "distill") if name in stages)
+    spent = [stages[name] for name in ("answers", "start", "distill") if name in stages]
     return {
         "loss": math.log(found["perplexity"]),
         "kl": found["agreement"]["kl"],
@@ -87,7 +88,8 @@ def measured(options: argparse.Namespace, arm: str, seed: int, scores: Path) -> 
         "rouge_l": writing["rouge_l"]["mean"],
         **{name: writing[name] for name in ("distinct_4", "length_drift", "repetition", "ece")},
         "ex_acc_err": writing["exposure_bias"][-1]["ex_acc_err"],
-        "seconds": seconds,
+        "tokens": sum(stage.get("tokens", 0) for stage in spent),
+        "seconds": sum(stage["seconds"] for stage in spent),
     }
 
 

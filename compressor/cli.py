@@ -133,7 +133,7 @@ def distill(
     settings = [*(settings or [])]
     dials = {"method": method, "signal": signal, "cache": cache}
     settings += [f"distill.{key}={json.dumps(value)}" for key, value in dials.items() if value is not None]
-    settings += [f"correct.mode={correct}"] if correct else []
+    settings += [f"correct.mode={json.dumps(correct)}"] if correct else []
     settings += [f"align.stages=[{align}]"] if align is not None else []
     if export is not None:
         settings.append(f"export.formats=[{export}]")
@@ -174,7 +174,7 @@ def cache(
     from . import pipeline
 
     settings = [*(settings or []), *([f"distill.signal={json.dumps(signal)}"] if signal else [])]
-    settings += [f"correct.mode={correct}"] if correct else []
+    settings += [f"correct.mode={json.dumps(correct)}"] if correct else []
     result = pipeline.cache(_recipe_values(teacher, target, data, recipe, settings), out=out, say=_say)
     _print_json(result) if as_json else print(result["folder"])
 

@@ -147,6 +147,7 @@ class OnPolicy(Section):
     batch: int = Field(128, gt=0, description="rows per optimizer step, answers and data, over all processes")
     lr: float = Field(5e-6, gt=0, description="learning rate, constant after the warm-up")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
+    eval_every: int = Field(20, gt=0, description="steps between judgements; each leaves a checkpoint")
     answers: int = Field(256, gt=0, description="answers of a round, which are trained on before others are sampled")
     inner_epochs: int = Field(4, gt=0, description="how often a round's answers are trained on")
     sample_rows: int = Field(64, gt=0, description="answers sampled together")
@@ -349,7 +350,7 @@ DERIVED = (
     ("importance", "batch_size"),
     *(("correct", key) for key in ("peak_lr", *_TRAINING)),
     *(("distill", key) for key in _TRAINING),
-    *(("onpolicy", key) for key in ("batch", "lr", "warmup_steps", "answers", "inner_epochs")),
+    *(("onpolicy", key) for key in ("batch", "lr", "warmup_steps", "eval_every", "answers", "inner_epochs")),
     *(("align", key) for key in ("sft_lr", "dpo_lr", "micro_batch")),
 )
 # of the teacher's own peak learning rate: the paper's fifth for all weights; what is fewer moves further, as measured
@@ -394,10 +395,13 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     rows = processes * _chosen(recipe.distill, "micro_batch", distill["micro_batch"])
     both = _chosen(recipe.onpolicy, "batch", batch if recipe.onpolicy.share == 1 else 2 * batch)
     own = max(1, round(recipe.onpolicy.share * (both // rows))) * rows  # answers of a step
+    spent = 1 - recipe.onpolicy.start_share if recipe.onpolicy.start != "none" else 1
+    own_steps = max(1, round(spent * tokens / (both * context)))
     onpolicy = {
         "batch": both,
         "lr": lr / 10,
-        "warmup_steps": min(10, steps // 20),
+        "warmup_steps": min(10, own_steps // 10),
+        "eval_every": max(1, min(500, own_steps // 10)),
         "answers": 4 * own,
         "inner_epochs": 4 if recipe.distill.method == "minillm" else 1,
     }
@@ -416,7 +420,7 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
             "importance": _filled(recipe.importance, {"batch_size": fitting}),
             "correct": _filled(recipe.correct, correct),
             "distill": _filled(recipe.distill, distill),
-            "onpolicy": _filled(recipe.onpolicy, onpolicy),
+            "onpolicy": _filled(recipe.onpolicy, onpolicy if recipe.distill.method in ON_POLICY else {}),
             "align": _filled(recipe.align, align if recipe.align.stages else {}),
         }
     )

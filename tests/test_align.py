@@ -154,6 +154,7 @@ def answer(side: str, passed: int, *, whole: bool = True, text: str = "") -> pai
         ([answer("student", 2, whole=False), answer("teacher", 1), answer("student", 0)], (1, 2)),  # never a cut one
         ([answer("student", 1), answer("teacher", 1)], "tied"),
         ([answer("student", 2, whole=False), answer("teacher", 1)], "tied"),
+        ([answer("student", 2), answer("teacher", 1), answer("student", 0, whole=False)], (0, 1)),  # on neither side
         ([answer("student", 1, whole=False), answer("teacher", 0, whole=False)], "nothing_whole"),
     ],
 )

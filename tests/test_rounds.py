@@ -343,6 +343,7 @@ def test_writing_that_runs_away_ends_training_for_good(models, tmp_path):
         result = run(tmp_path / "checkpoints", judge=judge(figures))
         assert result.status == "collapsed"
         assert result.steps == 6
+        assert result.best_folder == tmp_path / "checkpoints" / "checkpoint-4"  # though the last has more rouge_l
         assert "run away (it repeats itself)" in result.describe()
         assert "\n" not in result.describe()
         figures = []

@@ -87,7 +87,7 @@ def outcome_counts(index: dict[str, Any]) -> Counter[str]:
 
 
 def ranked(answers: Sequence[Answer]) -> tuple[Answer, Answer] | str:
-    """The best whole answer and the worst answer, or why there are none: "tied", or "nothing_whole".
+    """The best whole answer and the worst one, or why there are none: "tied", or "nothing_whole".
 
     Among equals the student's own come first, on both ends: those it can say are moved most by being preferred.
     """
@@ -95,7 +95,7 @@ def ranked(answers: Sequence[Answer]) -> tuple[Answer, Answer] | str:
     if not whole:
         return "nothing_whole"
     chosen = max(whole, key=lambda answer: (answer.passed, answer.side == "student"))
-    rejected = min(answers, key=lambda answer: (answer.passed, answer.side != "student"))
+    rejected = min(whole, key=lambda answer: (answer.passed, answer.side != "student"))
     return (chosen, rejected) if chosen.passed > rejected.passed else "tied"
 
 

@@ -258,7 +258,7 @@ def heldout_prompts(
     references: list[str] = []
     for record in islice(records, DRAWS * count):
         # half the room: what is cut out of a text may take a few tokens more than it had
-        prompt, reference = asked(record, tokenizer, most=min(max_new_tokens, room // 2))
+        prompt, reference = asked(record, tokenizer, most=min(max_new_tokens, room // 2), answer=max_new_tokens)
         if not reference.strip():
             continue
         try:
@@ -274,8 +274,8 @@ def heldout_prompts(
             break
     if not prompts:
         raise UserError(
-            f"no held-out record gives a prompt of at most {room} tokens with an answer; expected chats or texts that "
-            "leave max_new_tokens free in the context; use other data, or lower evaluate.max_new_tokens"
+            f"no record gives a prompt of at most {room} tokens with an answer; expected chats or texts that "
+            "leave max_new_tokens free in the context; use other data, or lower max_new_tokens"
         )
     return prompts, references
 

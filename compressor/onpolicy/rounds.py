@@ -46,7 +46,7 @@ class Rounds:
         sample_rows: int = 64,
         **sampled: Any,
     ) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = int(os.environ.get("RANK", "0"))  # read now: a server of forks set run.RANK before
         self.prompts, self.seed, self.teacher, self.tricks, self.sampled = prompts, seed, teacher, tricks, sampled
         self.own, self.micro_batch, self.weights, self.sample_rows = own, micro_batch, weights, sample_rows
         self.answers = answers
@@ -79,7 +79,7 @@ class Rounds:
         return weighed
 
     def notes(self) -> dict[str, float]:
-        """Mean length of the round's answers in tokens, and the mean reward of a token, minus the reverse KL."""
+        """Mean length of the round's answers in tokens, and the mean reward of a token, in nats; of this rank's."""
         return self._notes
 
     def save(self, folder: Path) -> None:
@@ -117,7 +117,7 @@ class Rounds:
         return Rollouts.joined(parts)
 
     def _hold(self, found: Rollouts, number: int) -> None:
-        """Make rows of a round's answers; advantages are taken over all of them."""
+        """Make rows of a round's answers; advantages are taken over all of this rank's."""
         self.round, self.found = number, found
         columns, mask_BT = {}, found.mask_BT
         self._notes = {"answer_length": statistics.fmean(mask_BT.sum(-1).tolist())}

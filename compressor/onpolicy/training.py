@@ -51,7 +51,8 @@ def distill(
     """Train the student in `student_folder` on its own answers to `prompts` (token ids); checkpoints go to `folder`.
 
     tricks: MiniLLM's; None where no reward is wanted. answer_tokens: how long an answer is likely to be, from which the
-    number of steps follows. stops: ids that end an answer. settings is a recipe.Distill, options a recipe.OnPolicy; the
+    number of steps follows. tokenizer: its end ends an answer. settings is a recipe.Distill with the batch, rates and
+    intervals of this phase, options a recipe.OnPolicy; the
     others are as in `train.train`. A run that was killed continues in the same bits on a CPU, the answers of its round
     included. Raises UserError for settings that do not fit together and heads that the fused loss cannot follow.
     """
@@ -80,14 +81,13 @@ def distill(
         loss=_by_kind(losses),
         batches=batches,
         heldout=heldout,
-        settings=settings.model_copy(
-            update={name: getattr(options, name) for name in ("batch", "lr", "warmup_steps")} | {"min_lr": options.lr}
-        ),
+        settings=settings,
         folder=folder,
         metrics=metrics,
         seed=seed,
         supply=rounds,
         judge=judge,
+        section="onpolicy",
         row_tokens=(own * told + (of - own) * mean_length(batches)) / of,
     )
     return replace(result, best_folder=result.best_folder or student_folder)

@@ -71,6 +71,12 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
             _check_ids(read)
             if recipe.distill.method in recipes.ON_POLICY:
                 onpolicy.check(recipe.distill, recipe.onpolicy)
+                rows = {"batches": job.batches, "heldout": job.heldout}
+                check(**rows, settings=learning.own_phase(job), section="onpolicy")
+                if _wanted("start", recipe):
+                    check(**rows, settings=learning.start_phase(job))
+                job.prompts("train", 1)
+            if learning.is_judged(recipe.distill):
                 job.prompts("heldout", 1)
         if run.done("distill") is None and _wanted("correct", recipe):
             check(**job.correcting, section="correct")

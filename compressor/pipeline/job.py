@@ -136,6 +136,11 @@ class Job:
         """The rows to train on."""
         return self._rows(self.learned_from, self.recipe.distill.micro_batch)
 
+    @property
+    def rows_anew(self) -> Any:
+        """The same data in another order, for a second training of the same student."""
+        return self._rows(self.source, self.recipe.distill.micro_batch, seed=self.recipe.seed + 1)
+
     @cached_property
     def heldout(self) -> Any:
         """The batches of the held-out loss."""
@@ -151,11 +156,11 @@ class Job:
             "settings": section.training(self.recipe.distill),
         }
 
-    def _rows(self, source: str, micro_batch: int) -> Any:
+    def _rows(self, source: str, micro_batch: int, **changes: Any) -> Any:
         from ..data import Blocks
 
         sizes = {"context": self.recipe.data.context, "group": micro_batch}
-        return Blocks(source, self.tokenizer, **sizes, **self.data)
+        return Blocks(source, self.tokenizer, **sizes, **(self.data | changes))
 
     def _heldout(self, source: str, micro_batch: int) -> Any:
         from ..data import heldout_batches
@@ -164,8 +169,11 @@ class Job:
         with progress("held-out rows", unit="rows"):
             return heldout_batches(source, self.tokenizer, context=self.recipe.data.context, **sizes, **self.data)
 
-    def prompts(self, part: str, count: int) -> tuple[list[list[int]], list[str]]:
-        """`count` prompts of the data's part as token ids, or as many as there are, and what the data answer."""
+    def prompts(self, part: str, count: int, *, after: int = 0) -> tuple[list[list[int]], list[str]]:
+        """`count` prompts of the data's part as token ids, or as many as there are, and what the data answer.
+
+        after: so many come first and are left out, unless there are not enough for that.
+        """
         from ..data import records, shuffled
         from ..evaluate.generation import heldout_prompts
         from ..runtime.prompts import ids_of
@@ -173,8 +181,8 @@ class Job:
         stream = records(self.source, part=part, **self.data)
         stream = shuffled(stream, seed=self.recipe.seed) if part == "train" else stream
         room = {"context": self.recipe.data.context, "max_new_tokens": self.recipe.distill.max_new_tokens}
-        prompts, references = heldout_prompts(stream, self.tokenizer, count=count, **room)
-        return [ids_of(prompt, self.tokenizer) for prompt in prompts], references
+        prompts, references = heldout_prompts(stream, self.tokenizer, count=after + count, **room)
+        return [ids_of(prompt, self.tokenizer) for prompt in prompts[-count:]], references[-count:]
 
 
 def public_name(value: str | None) -> str | None:

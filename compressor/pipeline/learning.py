@@ -33,8 +33,15 @@ def correct(job: Job) -> str:
         "source": public_name(job.source),
         "context": job.recipe.data.context,
         "seed": job.recipe.seed,
+        "split": job.recipe.data.split,
+        "heldout_fraction": job.recipe.data.heldout_fraction,
         "correct": settings.model_dump(),
+        "distill": {key: getattr(training, key) for key in ("precision", "weight_decay", "heldout_rows")},
     }
+    if (begun := job.correction / "begun.json").is_file():
+        check_about(job.correction, read_json(begun), about)  # another correction's checkpoints would be gone on from
+    elif RANK == 0:
+        write_json(begun, {"about": about})
     if (path := job.correction / OUTCOME).is_file():  # finished by a process that was then ended, or for the cache
         outcome = read_json(path)
         check_about(job.correction, outcome, about)
@@ -179,14 +186,27 @@ def _hidden(job: Job, settings: Distill, folder: Path) -> Any:
     return HiddenLoss(pairs, channels=kept.hidden, teacher_width=teacher.hidden, measure=measure)
 
 
-def start(job: Job) -> str:
-    """Train the pruned model a little before its own answers count, and keep its best checkpoint."""
+def start_phase(job: Job) -> Distill:
+    """The settings of the start, with its share of the tokens."""
     options = job.recipe.onpolicy
     tokens = int(options.start_share * job.recipe.distill.tokens)
     asked = {"method": options.start, "tokens": tokens, "select": "loss", "divergence": "forward_kl"}
-    result = _distilled(job, job.run.pruned, job.recipe.distill.model_copy(update=asked), job.run.checkpoints / "start")
+    return job.recipe.distill.model_copy(update=asked)
+
+
+def own_phase(job: Job) -> Distill:
+    """The settings of the training on the student's own answers: with its own batch, rates and intervals."""
+    settings, options = job.recipe.distill, job.recipe.onpolicy
+    tokens = settings.tokens - (start_phase(job).tokens if options.start != "none" else 0)
+    own = {name: getattr(options, name) for name in ("batch", "lr", "warmup_steps", "eval_every")}
+    return settings.model_copy(update=own | {"tokens": tokens, "min_lr": options.lr, "save_every": options.eval_every})
+
+
+def start(job: Job) -> str:
+    """Train the pruned model a little before its own answers count, and keep its best checkpoint."""
+    result = _distilled(job, job.run.pruned, start_phase(job), job.run.checkpoints / "start")
     best = result.best_folder or job.run.pruned
-    job.facts = {"tokens": result.tokens, "status": result.status}
+    job.facts = {"tokens": result.tokens, "status": result.status, "seconds": round(result.seconds, 2)}
     job.facts["best"] = str(best.relative_to(job.run.folder)) if best != job.run.pruned else job.run.pruned.name
     return result.describe()
 
@@ -240,8 +260,10 @@ def _on_policy(job: Job, folder: Path) -> TrainResult:
 
     settings, options, student = job.recipe.distill, job.recipe.onpolicy, job.run.pruned
     if options.start != "none":
-        student = job.run.folder / (job.run.done("start") or job.facts)["best"]
-        settings = settings.model_copy(update={"tokens": int((1 - options.start_share) * settings.tokens)})
+        mark = job.run.done("start")
+        assert mark is not None, "the stage start comes first"
+        student = job.run.folder / mark["best"]
+    settings = own_phase(job)
     prompts, references = job.prompts("train", settings.prompts)
     lengths = [len(ids) for ids in job.tokenizer(references, add_special_tokens=False)["input_ids"]]
     teacher = teacher_of(job)
@@ -255,8 +277,9 @@ def _on_policy(job: Job, folder: Path) -> TrainResult:
             both = kl.model_copy(update={"ce_weight": 0.5, "temperature": 1.0})
             fixed = distillation_loss(signal, settings=both, vocab=job.vocab)
     else:
-        tricks, own = None, distillation_loss(signal, settings=settings, vocab=job.vocab)
-        fixed = own
+        alone = settings.model_copy(update={"ce_weight": 0.0})  # its own answers are no labels
+        tricks, own = None, distillation_loss(signal, settings=alone, vocab=job.vocab)
+        fixed = distillation_loss(signal, settings=settings, vocab=job.vocab)
     heldout = distillation_loss(signal, settings=kl, vocab=job.vocab)
     return onpolicy.distill(
         student,
@@ -266,7 +289,7 @@ def _on_policy(job: Job, folder: Path) -> TrainResult:
         prompts=prompts,
         answer_tokens=sum(min(length, settings.max_new_tokens) for length in lengths) / len(lengths),
         tokenizer=job.tokenizer,
-        batches=job.batches,
+        batches=job.rows_anew,
         heldout=job.heldout,
         settings=settings,
         options=options,
@@ -278,6 +301,11 @@ def _on_policy(job: Job, folder: Path) -> TrainResult:
     )
 
 
+def is_judged(settings: Distill) -> bool:
+    """Whether what the student writes chooses its checkpoint."""
+    return settings.select == "rouge_l" or (settings.select == "auto" and settings.method in ON_POLICY)
+
+
 def _judge(job: Job) -> Judge | None:
     """How the student's writing is judged while it is trained, where that chooses the checkpoint."""
     from ..evaluate.generation import collapsed, writing
@@ -285,9 +313,10 @@ def _judge(job: Job) -> Judge | None:
     from ..train import Judge
 
     settings = job.recipe.distill
-    if settings.select == "loss" or (settings.select == "auto" and settings.method not in ON_POLICY):
+    if not is_judged(settings):
         return None
-    prompts, references = job.prompts("heldout", settings.judged_prompts)
+    # others than those the student is judged by in the end
+    prompts, references = job.prompts("heldout", settings.judged_prompts, after=job.recipe.evaluate.prompts)
 
     def measure(student: Any) -> dict[str, float]:
         runtime = TorchRuntime.around(student, job.tokenizer, batch_size=job.recipe.onpolicy.sample_rows)

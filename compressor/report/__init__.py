@@ -75,7 +75,7 @@ def build(
         "recovery": recovery(models["student"], models["teacher"]),
         "agreement": models["student"]["agreement"] or {"kl": None, "top1": None},
         "tokens": {
-            "distill": max(distilled, default=0),
+            "distill": max(distilled, default=0) + stages.get("start", {}).get("tokens", 0),
             "heldout": evaluation["student"].get("heldout_tokens"),
         },
         "seconds": {stage: mark.get("seconds") for stage, mark in stages.items()},

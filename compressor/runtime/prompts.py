@@ -9,13 +9,13 @@ from .face import prompt_ids
 Prompt = dict[str, Any] | str  # a conversation {"messages", "tools"?} to answer, or text to go on with
 
 
-def asked(record: dict[str, Any], tokenizer: Any, *, most: int) -> tuple[Prompt, str]:
-    """The prompt and the reference of one record; texts give at most `most` tokens to each."""
+def asked(record: dict[str, Any], tokenizer: Any, *, most: int, answer: int | None = None) -> tuple[Prompt, str]:
+    """The prompt and the reference of one record; of a text, `most` tokens at most ask and as many (`answer`) answer."""
     if "text" in record:
         found = tokenizer(record["text"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = [end for _, end in found["offset_mapping"]]
         half = max(0, min(len(ends) // 2, most))
-        cut, end = (ends[half - 1], ends[min(half + most, len(ends)) - 1]) if half else (0, 0)
+        cut, end = (ends[half - 1], ends[min(half + (answer or most), len(ends)) - 1]) if half else (0, 0)
         return record["text"][:cut], record["text"][cut:end]
     tools = {"tools": record["tools"]} if "tools" in record else {}
     if "prompt" in record:

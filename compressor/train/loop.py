@@ -41,20 +41,21 @@ class TrainResult:
     history: list[dict[str, float]]  # the lines of metrics.jsonl
     chosen_by: str | None = None  # the figure of Judge that chose, instead of the held-out loss
     collapse: str | None = None  # in words
+    section: str = "distill"  # of the recipe, where its learning rate stands
 
     def describe(self) -> str:
         """One line for a summary or an error."""
         kept = f"kept {self.best_folder} (held-out loss {self.best_heldout:.4f})"
         if self.status == "not_finite":
-            return f"loss not finite after {self.steps} steps; expected a finite one; {kept}; lower distill.lr"
+            return f"loss not finite after {self.steps} steps; expected a finite one; {kept}; lower {self.section}.lr"
         change = f"held-out loss {self.first_heldout:.4f} -> {self.last_heldout:.4f} in {self.steps} steps"
         if self.chosen_by is not None:
             found = [line[self.chosen_by] for line in self.history if self.chosen_by in line]
             change += f", {self.chosen_by} {found[0]:.4f} -> {found[-1]:.4f} (best {max(found):.4f})"
         if self.status == "collapsed":
-            return f"{change}: its writing has run away ({self.collapse}); {kept}; lower the learning rate"
+            return f"{change}: its writing has run away ({self.collapse}); {kept}; lower {self.section}.lr"
         if self.status == "worse":
-            return f"{change}: worse than before distillation; {kept}; lower distill.lr or raise distill.tokens"
+            return f"{change}: worse than before distillation; {kept}; lower {self.section}.lr or raise distill.tokens"
         return f"{change}; {kept}"
 
 
@@ -119,7 +120,7 @@ def train(
             state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
             ended = judge is not None and judge.stopped(metric_lines(state.log_history)) is not None
             if ended or checkpoint_step(last) >= steps:
-                return _result("ok", state, folder, judge)
+                return _result("ok", state, folder, judge, section)
         trainer.args.eval_on_start = last is None
         status = "ok"
         try:
@@ -129,10 +130,10 @@ def train(
         finally:
             if board.tb_writer is not None:
                 board.tb_writer.close()
-        return _result(status, trainer.state, folder, judge)
+        return _result(status, trainer.state, folder, judge, section)
 
 
-def _result(status: str, state: TrainerState, folder: Path, judge: Judge | None) -> TrainResult:
+def _result(status: str, state: TrainerState, folder: Path, judge: Judge | None, section: str) -> TrainResult:
     """Worse: the held-out loss ended above where it began; with a judge, no checkpoint was better than the start."""
     history = metric_lines(state.log_history)
     losses = {int(line["step"]): line["heldout_loss"] for line in history if "heldout_loss" in line}
@@ -154,6 +155,7 @@ def _result(status: str, state: TrainerState, folder: Path, judge: Judge | None)
         history=history,
         chosen_by=judge.best if judge else None,
         collapse=collapse,
+        section=section,
     )
 
 
@@ -170,12 +172,13 @@ def check(
     Raises UserError for settings that do not fit together, and for data without rows or without a target.
     """
     world = processes()
+    shared = "distill" if section == "onpolicy" else section  # where tokens and rows per forward pass stand
     if not any(bool(targets(batch).any()) for batch in heldout):
         raise UserError("the held-out data has no target token; expected at least one; use more data")
     if len(heldout) < world:
         raise UserError(
             f"there are {len(heldout)} held-out batches for {world} processes; expected one each; "
-            f"raise distill.heldout_rows or lower {section}.micro_batch"
+            f"raise distill.heldout_rows or lower {shared}.micro_batch"
         )
     if settings.min_lr > settings.lr:
         raise UserError(
@@ -187,19 +190,19 @@ def check(
         raise UserError(
             f"{section}.batch is {settings.batch} rows, and {world} process(es) take "
             f"{settings.micro_batch} each at a time; expected a multiple of {per_step}; "
-            f"change {section}.batch or {section}.micro_batch"
+            f"change {section}.batch or {shared}.micro_batch"
         )
     row_tokens = row_tokens or mean_length(batches)
     steps = int(round(settings.tokens / (row_tokens * settings.batch), 6))
     if not steps:
         raise UserError(
-            f"{section}.tokens is {settings.tokens}, but one step takes about {row_tokens * settings.batch:.0f} "
-            f"({settings.batch} rows); expected at least one step; raise {section}.tokens or lower {section}.batch"
+            f"{shared}.tokens is {settings.tokens}, but one step takes about {row_tokens * settings.batch:.0f} "
+            f"({settings.batch} rows); expected at least one step; raise {shared}.tokens or lower {section}.batch"
         )
     if settings.warmup_steps >= steps:
         raise UserError(
-            f"{section}.tokens pays for {steps} steps and {section}.warmup_steps is {settings.warmup_steps}; "
-            f"expected fewer warm-up steps than steps; raise {section}.tokens or lower {section}.warmup_steps"
+            f"{shared}.tokens pays for {steps} steps and {section}.warmup_steps is {settings.warmup_steps}; "
+            f"expected fewer warm-up steps than steps; raise {shared}.tokens or lower {section}.warmup_steps"
         )
     return steps
 

@@ -227,6 +227,12 @@ class Trainer(WholeCheckpoints, transformers.Trainer):
         self.control.should_save = self.state.global_step > 0
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A student whose writing has run away is never the best, whatever its figure is."""
+        if self.judge is not None and self.judge.stopped(metric_lines(self.state.log_history)):
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens, seconds and speed to what is logged, and a line to metrics.jsonl."""
         now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
