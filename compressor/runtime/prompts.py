@@ -10,7 +10,7 @@ Prompt = dict[str, Any] | str  # a conversation {"messages", "tools"?} to answer
 
 
 def asked(record: dict[str, Any], tokenizer: Any, *, most: int, answer: int | None = None) -> tuple[Prompt, str]:
-    """The prompt and the reference of one record; of a text `most` tokens at most ask, and as many (`answer`) answer."""
+    """The prompt and the reference of one record; of a text `most` tokens at most ask and as many (`answer`) answer."""
     if "text" in record:
         found = tokenizer(record["text"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = [end for _, end in found["offset_mapping"]]
