@@ -13,26 +13,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .data.repetition import repetition
 from .errors import UserError
-from .run import build_shards, write_text
+from .run import build_shards, outcome_counts, write_text
 from .runtime import Runtime
-from .runtime.prompts import Prompt, asked, ids_of
+from .runtime.prompts import Asked, fitting
 
 DATA = "data"
 SHARD_PROMPTS = 256
 MOST_REPETITION = 0.3  # of 4-grams: good answers repeat a few percent, one that loops nearly all
 DRAWS = 20  # records looked at for each prompt wanted: many may repeat one that was seen, or be too long
-
-
-class Asked(NamedTuple):
-    """A prompt and its ids, and whether it is the beginning of a text, which goes on and has no end of its own."""
-
-    prompt: Prompt
-    ids: list[int]
-    goes_on: bool
 
 
 def generate(
@@ -85,34 +77,16 @@ def generate(
     return index
 
 
-def outcome_counts(index: dict[str, Any]) -> Counter[str]:
-    """How many prompts were answered well ("kept"), and why the others were left out."""
-    total: Counter[str] = Counter()
-    for shard in index["shards"]:
-        total.update(shard["outcomes"])
-    return total
-
-
 def _prompts(
     records: Iterable[dict[str, Any]], tokenizer: Any, *, count: int, context: int, max_new_tokens: int
 ) -> Iterator[Asked]:
     """Different prompts that leave an answer room."""
     seen: set[bytes] = set()
-    room = context - max_new_tokens
-    for record in islice(records, DRAWS * count):
-        prompt, _ = asked(record, tokenizer, most=min(max_new_tokens, room // 2))
-        if not isinstance(prompt, str) and not prompt["messages"]:
-            continue  # it begins with an answer
-        try:
-            ids = ids_of(prompt, tokenizer)
-        except UserError:
-            if not tokenizer.chat_template:
-                raise
-            continue  # the template refuses it, as it does in training
-        key = hashlib.sha256(json.dumps(ids).encode()).digest()
-        if 0 < len(ids) <= room and key not in seen:
+    for one in fitting(islice(records, DRAWS * count), tokenizer, context=context, max_new_tokens=max_new_tokens):
+        key = hashlib.sha256(json.dumps(one.ids).encode()).digest()
+        if key not in seen:
             seen.add(key)
-            yield Asked(prompt, ids, "text" in record)
+            yield one
         if len(seen) == count:
             return
 

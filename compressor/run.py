@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,6 +163,14 @@ def build_shards(
         index["complete"] = True
         write_json(folder / INDEX, index)
     return index
+
+
+def outcome_counts(index: dict[str, Any]) -> Counter[str]:
+    """What became of all that went into a build, by the "outcomes" of its shards."""
+    total: Counter[str] = Counter()
+    for shard in index["shards"]:
+        total.update(shard["outcomes"])
+    return total
 
 
 def _begun(folder: Path, about: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from compressor.align import pairs, training
 from compressor.checkpoint import load_tokenizer
 from compressor.errors import UserError
 from compressor.recipe import Align
-from compressor.run import read_json
+from compressor.run import outcome_counts, read_json
 from compressor.runtime import TorchRuntime
 
 ASK = [{"role": "user", "content": "2+2?"}]
@@ -185,7 +185,7 @@ def test_making_pairs_goes_on_after_a_kill_to_the_same_bits(tmp_path, monkeypatc
         return align.build(folder, **models, tasks=tasks, score=score, **settings | changes)
 
     calm = build(tmp_path / "calm")
-    counts = align.outcome_counts(calm)
+    counts = outcome_counts(calm)
     assert counts["pairs"] >= 3
     assert counts["pairs"] + counts["tied"] + counts["nothing_whole"] == 18
     assert counts["pairs"] == counts["chosen_teacher"] + counts["chosen_student"]

@@ -5,10 +5,11 @@ import json
 import pytest
 from models import tiny_tokenizer
 
-from compressor.answers import generate, outcome_counts
+from compressor.answers import generate
 from compressor.checkpoint import DEMO_FOLDER
 from compressor.data import Blocks, encode
 from compressor.errors import UserError
+from compressor.run import outcome_counts
 from compressor.runtime import TorchRuntime
 
 
@@ -67,7 +68,7 @@ def test_what_asks_nothing_and_what_the_template_refuses_are_left_out(tmp_path, 
             raise UserError("the chat template refuses a conversation")
         return ids_of(prompt, tokenizer)
 
-    monkeypatch.setattr("compressor.answers.ids_of", refusing)
+    monkeypatch.setattr("compressor.runtime.prompts.ids_of", refusing)
     runtime = TorchRuntime(DEMO_FOLDER)
     first = {"messages": [{"role": "assistant", "content": "I begin."}]}
     strange = {"messages": [{"role": "judge", "content": "x"}, {"role": "assistant", "content": "?"}]}

@@ -360,7 +360,7 @@ def test_models_of_other_tokens_and_prompts_that_never_fit_are_told(models):
     Other.tokenizer.add_tokens(["fox"])
     with pytest.raises(UserError, match="do not share token ids"):
         g.generation(models[0], PROMPTS, references=REFERENCES, against=Other, max_new_tokens=4)  # pyright: ignore
-    with pytest.raises(UserError, match="no held-out record gives a prompt of at most -8 tokens"):
+    with pytest.raises(UserError, match="no record gives a prompt of at most -8 tokens"):
         g.heldout_prompts([{"text": "some words"}], tiny_tokenizer(), count=1, context=120, max_new_tokens=128)
 
 

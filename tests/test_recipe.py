@@ -122,7 +122,6 @@ def test_differences_are_dotted_keys():
         "seed",
         "distill.lr",
         "distill.min_lr",
-        "onpolicy.lr",
     ]
 
 

@@ -5,7 +5,7 @@ and `training` runs SFTTrainer or DPOTrainer so that a kill costs nothing. NVIDI
 (arXiv 2408.11796, section 4).
 """
 
-from .pairs import Answer, build, outcome_counts, ranked
+from .pairs import Answer, build, ranked
 from .rows import chats, divided, preference_rows
 from .training import Aligned, check, train
 
@@ -16,7 +16,6 @@ __all__ = [
     "chats",
     "check",
     "divided",
-    "outcome_counts",
     "preference_rows",
     "ranked",
     "train",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..run import build_shards, write_text
+from ..run import build_shards, outcome_counts, write_text
 from ..runtime import Runtime
 from ..runtime.prompts import ids_of
 
@@ -76,14 +76,6 @@ def build(
             "raise align.prompts or align.samples, or give align.pairs"
         )
     return index
-
-
-def outcome_counts(index: dict[str, Any]) -> Counter[str]:
-    """How many prompts gave "pairs", why others did not, and whose answers were taken ("chosen_teacher", ...)."""
-    total: Counter[str] = Counter()
-    for shard in index["shards"]:
-        total.update(shard["outcomes"])
-    return total
 
 
 def ranked(answers: Sequence[Answer]) -> tuple[Answer, Answer] | str:

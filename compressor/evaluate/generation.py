@@ -17,7 +17,7 @@ from ..data import check_same_tokens, collate, num_ids
 from ..data.repetition import GRAM, grams, repetition
 from ..errors import UserError
 from ..runtime import Runtime
-from ..runtime.prompts import Prompt, asked, ids_of, plain_ids
+from ..runtime.prompts import Prompt, fitting, ids_of, plain_ids
 from . import text
 
 Progress = Callable[[str, int, int | None], None]
@@ -249,35 +249,17 @@ def heldout_prompts(
 ) -> tuple[list[Prompt], list[str]]:
     """`count` prompts and their references, or as many as there are, from what `data.records` yields.
 
-    A chat asks for its last assistant's turn. Of a text, the first half asks for the second, both cut to where they
-    fit. Left out: turns without text, chats that the template refuses, prompts that leave an answer no room.
-    Raises UserError where nothing is left, and for chats under a tokenizer without a chat template.
+    See `runtime.prompts.fitting`; turns without text are left out too. Raises UserError where nothing is left, and for
+    chats under a tokenizer without a chat template.
     """
-    room = context - max_new_tokens
-    prompts: list[Prompt] = []
-    references: list[str] = []
-    for record in islice(records, DRAWS * count):
-        # half the room: what is cut out of a text may take a few tokens more than it had
-        prompt, reference = asked(record, tokenizer, most=min(max_new_tokens, room // 2), answer=max_new_tokens)
-        if not reference.strip():
-            continue
-        try:
-            length = len(ids_of(prompt, tokenizer))
-        except UserError:
-            if not tokenizer.chat_template:
-                raise
-            continue  # the template refuses it, as it does in training
-        if 0 < length <= room:
-            prompts.append(prompt)
-            references.append(reference)
-        if len(prompts) == count:
-            break
-    if not prompts:
+    every = fitting(islice(records, DRAWS * count), tokenizer, context=context, max_new_tokens=max_new_tokens)
+    found = list(islice((one for one in every if one.reference.strip()), count))
+    if not found:
         raise UserError(
-            f"no record gives a prompt of at most {room} tokens with an answer; expected chats or texts that "
-            "leave max_new_tokens free in the context; use other data, or lower max_new_tokens"
+            f"no record gives a prompt of at most {context - max_new_tokens} tokens with an answer; expected chats or "
+            "texts that leave max_new_tokens free in the context; use other data, or lower max_new_tokens"
         )
-    return prompts, references
+    return [one.prompt for one in found], [one.reference for one in found]
 
 
 def _check(

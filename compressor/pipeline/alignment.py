@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..progress import progress
-from ..run import RANK, read_json
+from ..run import RANK, outcome_counts, read_json
 from .job import Job
 from .learning import write_model
 
@@ -135,7 +135,7 @@ def _source(job: Job, student: Path) -> str:
 
 def _make_pairs(job: Job, student: Path) -> None:
     """Answers of both models to tasks with checks, ranked by how many each passes."""
-    from ..align import build, outcome_counts
+    from ..align import build
     from ..checkpoint import Checkpoint
     from ..runtime import TorchRuntime
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..progress import progress
 from ..recipe import ON_POLICY
-from ..run import RANK, check_about, read_json, staged, write_json
+from ..run import RANK, check_about, outcome_counts, read_json, staged, write_json
 from .job import Job, public_name
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def correct(job: Job) -> str:
 
 def answers(job: Job) -> str:
     """Have the teacher answer the prompts of the data, and check that the answers can be trained on."""
-    from ..answers import generate, outcome_counts
+    from ..answers import generate
     from ..data import records, shuffled
     from ..runtime import TorchRuntime
     from ..train import check
