@@ -180,7 +180,7 @@ def test_making_pairs_goes_on_after_a_kill_to_the_same_bits(tmp_path, monkeypatc
             opened.append(name)
             return TorchRuntime(tmp_path / name, batch_size=8)
 
-        settings = {"samples": 6, "temperature": 1.0, "max_new_tokens": 60, "seed": 3, "about": {"student": "b"}}
+        settings = {"samples": 20, "temperature": 1.0, "max_new_tokens": 60, "seed": 3, "about": {"student": "b"}}
         models = {"teacher": lambda: model("teacher"), "student": lambda: model("student")}
         return align.build(folder, **models, tasks=tasks, score=score, **settings | changes)
 
@@ -196,7 +196,7 @@ def test_making_pairs_goes_on_after_a_kill_to_the_same_bits(tmp_path, monkeypatc
     def dying(task: dict, text: str) -> int:
         nonlocal scored
         scored += 1
-        if scored > 60:
+        if scored > 200:  # in the third shard: 21 answers to each of 4 tasks
             raise KeyboardInterrupt
         return lengths(task, text)
 
