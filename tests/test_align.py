@@ -454,6 +454,7 @@ def test_a_run_killed_in_every_part_of_alignment_ends_in_the_same_bits(finished,
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_two_launched_processes_align_together(tmp_path):
     """`torchrun compressor distill`: both train, the first one alone makes the pairs."""
     out = tmp_path / "run"
