@@ -224,6 +224,20 @@ def start(folder, *arguments):
     return process
 
 
+def killed_after(process, folder, step, seconds):
+    """Kill a training so many seconds after it has logged the step; the step of its last checkpoint, or 0."""
+    while process.is_alive():
+        written = lines(folder) if (folder / "metrics.jsonl").exists() else []
+        if written and written[-1]["step"] >= step:
+            time.sleep(seconds)
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    last = training.last_checkpoint(folder)
+    return int(last.name.split("-")[1]) if last else 0
+
+
 def outcome(folder):
     """Everything that has to be the same bits: weights, optimizer, and the metrics but for their clocks."""
     last = training.last_checkpoint(folder)
@@ -253,17 +267,7 @@ def test_kills_at_random_moments_end_in_the_same_bits(models, undisturbed, tmp_p
     folder, rng = tmp_path / "checkpoints", random.Random()
     reached = []
     for step in (1, 4, 8):
-        process = start(folder)
-        while process.is_alive():
-            written = lines(folder) if (folder / "metrics.jsonl").exists() else []
-            if written and written[-1]["step"] >= step:
-                time.sleep(rng.uniform(0, 0.15))
-                break
-            time.sleep(0.002)
-        process.kill()
-        process.join()
-        last = training.last_checkpoint(folder)
-        reached.append(int(last.name.split("-")[1]) if last else 0)
+        reached.append(killed_after(start(folder), folder, step, rng.uniform(0, 0.15)))
     process = start(folder)
     process.join(300)
     assert process.exitcode == 0

@@ -1,16 +1,13 @@
 """Training on the student's own answers: rounds, their place in a step's loss, choice by writing, and real SIGKILLs."""
 
-import os
 import random
 import shutil
-import socket
-import time
 
 import pytest
 import torch
 from models import save_tiny, tiny_model, tiny_tokenizer
-from test_distill import TEACHER, assert_same, contents, heldout
-from test_train import Rows, first_rows, lines, settings
+from test_distill import TEACHER, assert_same, contents, heldout, killed_after, outcome
+from test_train import Rows, become_rank, first_rows, in_two_processes, lines, settings
 from test_train import processes as launcher
 
 from compressor import onpolicy
@@ -226,12 +223,6 @@ def session(folder):
     run(folder)
 
 
-def outcome(folder):
-    from test_distill import outcome
-
-    return outcome(folder)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(models):
     process = launcher().Process(target=session, args=(models / "checkpoints",))
@@ -248,16 +239,7 @@ def test_kills_at_random_moments_of_rounds_end_in_the_same_bits(models, undistur
     for at in (1, 3, 6, 9):
         process = launcher().Process(target=session, args=(folder,))
         process.start()
-        while process.is_alive():
-            written = lines(folder) if (folder / "metrics.jsonl").exists() else []
-            if written and written[-1]["step"] >= at:
-                time.sleep(rng.uniform(0, 0.3))
-                break
-            time.sleep(0.002)
-        process.kill()
-        process.join()
-        last = training.last_checkpoint(folder)
-        reached.append(int(last.name.split("-")[1]) if last else 0)
+        reached.append(killed_after(process, folder, at, rng.uniform(0, 0.3)))
     process = launcher().Process(target=session, args=(folder,))
     process.start()
     process.join(300)
@@ -267,15 +249,7 @@ def test_kills_at_random_moments_of_rounds_end_in_the_same_bits(models, undistur
 
 
 def rank(index, port, folder, queue):
-    os.environ |= {
-        "RANK": str(index),
-        "LOCAL_RANK": str(index),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    torch.set_num_threads(1)
+    become_rank(index, port)
     result = run(folder, tokens=10 * 8 * 5)
     names = sorted(path.name for path in (training.last_checkpoint(folder) / "beside").iterdir())
     queue.put((index, result.last_heldout, result.tokens, names))
@@ -283,18 +257,8 @@ def rank(index, port, folder, queue):
 
 def test_two_processes_answer_prompts_of_their_own(models, tmp_path):
     copy(models, tmp_path)
-    context = launcher()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    queue = context.Queue()
     folder = tmp_path / "checkpoints2"
-    ranks = [context.Process(target=rank, args=(index, port, folder, queue)) for index in range(2)]
-    for process in ranks:
-        process.start()
-    reports = sorted(queue.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(60)
+    reports = in_two_processes(rank, folder)
     assert reports[0][1:] == reports[1][1:]
     assert reports[0][3] == ["answers-0.safetensors", "answers-1.safetensors"]
     asked = []

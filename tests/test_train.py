@@ -349,7 +349,8 @@ def processes():
     return context
 
 
-def rank(index, port, folder, queue):
+def become_rank(index, port):
+    """What a launcher tells each of two processes."""
     os.environ |= {
         "RANK": str(index),
         "LOCAL_RANK": str(index),
@@ -359,6 +360,27 @@ def rank(index, port, folder, queue):
         "OMP_NUM_THREADS": "1",
     }
     torch.set_num_threads(1)
+
+
+def in_two_processes(rank, folder):
+    """What `rank(index, port, folder, queue)` puts into the queue in two processes, in order; both have to end well."""
+    context = processes()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = context.Queue()
+    ranks = [context.Process(target=rank, args=(index, port, folder, queue)) for index in range(2)]
+    for process in ranks:
+        process.start()
+    reports = sorted(queue.get(timeout=120) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    return reports
+
+
+def rank(index, port, folder, queue):
+    become_rank(index, port)
     wrapped = []
 
     def loss(model, batch):
@@ -371,18 +393,7 @@ def rank(index, port, folder, queue):
 
 def test_two_processes_equal_one(whole, tmp_path):
     """Data parallel with gloo: rows are shared out, the loss curve is one process's at the same batch."""
-    context = processes()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    queue = context.Queue()
-    ranks = [context.Process(target=rank, args=(index, port, tmp_path, queue)) for index in range(2)]
-    for process in ranks:
-        process.start()
-    reports = sorted(queue.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(60)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    reports = in_two_processes(rank, tmp_path)
     assert all(report[1] for report in reports)
     assert reports[0][3] == reports[1][3]
     result, weights, _ = whole

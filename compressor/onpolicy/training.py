@@ -52,9 +52,9 @@ def distill(
 
     tricks: MiniLLM's; None where no reward is wanted. answer_tokens: how long an answer is likely to be, from which the
     number of steps follows. tokenizer: its end ends an answer. settings is a recipe.Distill with the batch, rates and
-    intervals of this phase, options a recipe.OnPolicy; the
-    others are as in `train.train`. A run that was killed continues in the same bits on a CPU, the answers of its round
-    included. Raises UserError for settings that do not fit together and heads that the fused loss cannot follow.
+    intervals of this phase, options a recipe.OnPolicy; the others are as in `train.train`. A run that was killed
+    continues in the same bits on a CPU, the answers of its round included.
+    Raises UserError for settings that do not fit together and heads that the fused loss cannot follow.
     """
     student: Any = load_model(student_folder, dtype=torch.float32)
     check_head(student)
