@@ -4,7 +4,8 @@
 
 A student is cut once from the teacher as it is, by scores on the new data. Then, for each mode and seed, the teacher is
 corrected on those data and the student distilled from it, with the same tokens in the same order; cross-entropy on
-held-out data, in nats per token, is fair to all. The default data are shifted as far as can be for a teacher of chats:
+held-out data, in nats per token, is fair to all: of rows that chose no checkpoint. "beside" corrects the teacher while
+the student learns, in the student's own tokens. The default data are shifted as far as can be for a teacher of chats:
 source text of Python's standard library, which everyone has. `--correct-lr` overrides the recipe's learning rate.
 """
 
@@ -31,7 +32,7 @@ from compressor.data import Blocks, calibration_batches, heldout_batches, num_id
 from compressor.distill import distill, distillation_loss
 from compressor.signals import Online
 
-MODES = ("off", "full", "lora", "norms")
+MODES = ("off", "full", "lora", "norms", "full beside", "lora beside", "norms beside")
 
 
 def standard_library(folder: Path) -> Path:
@@ -70,8 +71,8 @@ def main() -> None:
         tokenizer = load_tokenizer(source.folder)
         vocab = min(num_ids(tokenizer), shape.vocab)
         section = {"context": options.context, "fraction": 0.05}
-        judging = heldout_batches(data, tokenizer, limit=128, batch_size=8, **section)
-        heldout = judging[:4]  # that checkpoints are chosen by
+        batches = heldout_batches(data, tokenizer, limit=160, batch_size=8, **section)
+        heldout, judging = batches[:4], batches[4:]  # checkpoints are chosen by the former
 
         def rows() -> Any:
             stream = shuffled(records(data, fraction=section["fraction"]), seed=0)
@@ -83,10 +84,12 @@ def main() -> None:
         kept = surgery.select(scores, source.shape, shape)
         surgery.prune(source, work / "pruned", kept=kept, shape=shape)
 
-        def run(mode: str, seed: int) -> dict[str, Any]:
-            folder = work / f"{mode}-{seed}"
-            correct = {"mode": mode, "eval_every": options.eval_every}
-            correct |= {"tokens": options.correct_tokens} if options.correct_tokens else {}
+        def run(name: str, seed: int) -> dict[str, Any]:
+            folder, (mode, *beside) = work / f"{name}-{seed}", name.split()
+            correct: dict[str, Any] = {"mode": mode, "when": "beside" if beside else "before"}
+            if not beside:
+                correct |= {"eval_every": options.eval_every}
+                correct |= {"tokens": options.correct_tokens} if options.correct_tokens else {}
             correct |= {"lr": options.correct_lr} if options.correct_lr else {}
             values = {"teacher": options.teacher, "target": options.target, "seed": seed}
             values |= {"data": {"source": data, "context": options.context}}
@@ -97,8 +100,10 @@ def main() -> None:
                 recipes.build(values), teacher=source.shape, student=shape, max_positions=options.context
             )
             batches = Blocks(data, tokenizer, seed=seed, group=options.batch, **section)
-            taught_by, found = source.folder, {"mode": mode, "seed": seed}
+            taught_by, found = source.folder, {"mode": name, "seed": seed}
             if mode != "off":
+                found |= {"lr": recipe.correct.lr, "trained": trained(source.folder, recipe.correct)}
+            if recipe.correct.before:
                 training = recipe.correct.training(recipe.distill)
                 result = teacher.correct(
                     source.folder,
@@ -111,16 +116,19 @@ def main() -> None:
                     out=folder / "corrected",
                     seed=seed,
                 )
-                found |= {"lr": recipe.correct.lr, "steps": result.steps, "seconds": result.seconds}
-                found["trained"] = trained(source.folder, recipe.correct)
+                found |= {"steps": result.steps, "seconds": result.seconds}
                 if result.best_folder:
                     taught_by = folder / "corrected"
-            model = teacher.load(taught_by)
-            found["teacher"] = cross_entropy(model)
-            if not options.no_student:
+            if beside:
+                model = teacher.to_correct(source.folder, settings=recipe.correct, precision="fp32", seed=seed)
+            else:
+                model = teacher.load(taught_by)
+                found["teacher"] = cross_entropy(model)
+            if beside or not options.no_student:
                 result = distill(
                     work / "pruned",
-                    signal=Online(model),
+                    signal=Online(model, learns=bool(beside)),
+                    teacher_lr=recipe.correct.lr,
                     batches=batches,
                     heldout=heldout,
                     settings=recipe.distill,
@@ -130,6 +138,8 @@ def main() -> None:
                 )
                 assert result.best_folder is not None
                 found["student"] = cross_entropy(load_model(result.best_folder, dtype=torch.float32))
+                if beside:
+                    found |= {"teacher": cross_entropy(model.eval()), "seconds": result.seconds}
             gc.collect()
             print(json.dumps(found), file=sys.stderr, flush=True)
             return found

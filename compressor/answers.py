@@ -15,15 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .data.repetition import repetition
+from .data.repetition import REPETITION_LIMIT, repetition
 from .errors import UserError
-from .run import build_shards, outcome_counts, write_text
+from .run import build_shards, outcome_counts, write_json_lines
 from .runtime import Runtime
 from .runtime.prompts import Asked, fitting
 
 DATA = "data"
 SHARD_PROMPTS = 256
-MOST_REPETITION = 0.3  # of 4-grams: good answers repeat a few percent, one that loops nearly all
 DRAWS = 20  # records looked at for each prompt wanted: many may repeat one that was seen, or be too long
 
 
@@ -61,8 +60,7 @@ def generate(
         pairs = zip(group, found, strict=True)
         judged = [_judged(one, answer, tokenizer, ends=ends, most=max_new_tokens) for one, answer in pairs]
         name = f"{number:05d}.jsonl"
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record, _ in judged if record is not None]
-        write_text(folder / DATA / name, "".join(lines))
+        write_json_lines(folder / DATA / name, [record for record, _ in judged if record is not None])
         progress(len(group))
         return {"name": name, "prompts": len(group), "outcomes": dict(Counter(outcome for _, outcome in judged))}
 
@@ -99,7 +97,7 @@ def _judged(
     text = tokenizer.decode([token for token in answer if token not in ends], skip_special_tokens=False)
     if not text.strip():
         return None, "empty"
-    if repetition(answer) > MOST_REPETITION:
+    if repetition(answer) > REPETITION_LIMIT:
         return None, "repetitive"
     prompt = one.prompt
     if one.goes_on and isinstance(prompt, str):

@@ -1,8 +1,9 @@
 """Offline distillation: the teacher's next-token distribution on real data, one divergence, one loop.
 
 Teacher and student read the same packed rows; the student's final hidden states at the target positions go, with what
-the signal knows of the teacher there, to the fused loss. Without a signal the data alone are learned. The student must
-end better on held-out rows than it was found, or the result says so.
+the signal knows of the teacher there, to the fused loss. Without a signal the data alone are learned. A teacher that is
+corrected beside the student learns the data from the same pass. The student must end better on held-out rows than it
+was found, or the result says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .checkpoint import load_model
 from .data import Batch, targets
 from .errors import UserError
-from .losses import HiddenLoss, balanced, fused_linear_divergence
+from .losses import Dense, HiddenLoss, balanced, fused_linear_divergence
 from .signals import Online, Signal, check_head, head_weight, observed, predicting
 from .train import Judge, LossFunction, LossSum, TrainResult, train
 
@@ -34,6 +35,7 @@ def distill(
     seed: int = 0,
     vocab: int | None = None,
     hidden: HiddenLoss | None = None,
+    teacher_lr: float | None = None,
     metrics: Path | None = None,
     judge: Judge | None = None,
 ) -> TrainResult:
@@ -41,17 +43,22 @@ def distill(
 
     `batches`, `heldout`, `metrics`, `judge` and `settings` (a recipe.Distill) are as in `train.train`; `vocab` is
     the number of real ids (default: the smaller of the two heads), so that padded ids take no part; `hidden` adds the
-    loss on hidden states, which wants the teacher itself as signal.
+    loss on hidden states, which wants the teacher itself as signal; `teacher_lr` is the peak learning rate of a teacher
+    that learns, whose checkpoints are then chosen by cross-entropy: a divergence to what moves does not compare them.
     Continues by itself after a kill. Checkpoints are float32 and carry no tokenizer. Raises UserError for
     input that cannot be distilled; a student that comes out worse is no error here but the status of the
     result, and `best_folder` is then the folder that came in.
     """
     student = load_model(student_folder, dtype=torch.float32)
     check_head(student)
+    learner = signal.teacher if isinstance(signal, Online) and signal.learns else None
+    beside = [module for module in (hidden, learner) if module is not None]
     result = train(
         student,
         loss=distillation_loss(signal, settings=settings, vocab=vocab, hidden=hidden),
-        beside=hidden,
+        beside=nn.ModuleList(beside) if len(beside) > 1 else beside[0] if beside else None,
+        rates={learner: teacher_lr} if learner is not None and teacher_lr is not None else {},
+        best="ce" if learner is not None else "loss",
         batches=batches,
         heldout=heldout,
         settings=settings,
@@ -68,7 +75,8 @@ def distillation_loss(
 ) -> LossFunction:
     """The loss function for `train`: divergence to the teacher, mixed with cross-entropy by ce_weight.
 
-    Without a signal it is cross-entropy alone. `hidden` is added to training, never to what is held out and compared.
+    Without a signal it is cross-entropy alone. `hidden`, and the cross-entropy of a teacher that learns, are added to
+    training, never to what is held out and compared. No gradient passes between teacher and student.
     Raises UserError for hidden states of a teacher that is not there.
     """
     if hidden is not None and not isinstance(signal, Online):
@@ -84,11 +92,12 @@ def distillation_loss(
         else:
             student_ND = predicting(student, batch, counted_BT)
             known = signal(batch, counted_BT) if signal else None
+        labels_N = batch["labels"][:, 1:][counted_BT]
         parts = fused_linear_divergence(
             student_ND,
             head_weight(student),
             known,
-            labels_N=batch["labels"][:, 1:][counted_BT],
+            labels_N=labels_N,
             divergence=settings.divergence,
             mix=settings.mix,
             temperature=settings.temperature,
@@ -98,6 +107,13 @@ def distillation_loss(
         )
         assert parts.ce is not None
         total = balanced(parts.loss, hidden(ours, theirs)) if hidden is not None and ours else parts.loss
-        return LossSum(total, {"kl": parts.kl, "ce": parts.ce} if signal else {"ce": parts.ce})
+        told = {"kl": parts.kl, "ce": parts.ce} if signal else {"ce": parts.ce}
+        if isinstance(signal, Online) and signal.learns:
+            assert isinstance(known, Dense)
+            sizes = {"vocab": vocab, "chunk_tokens": settings.chunk_tokens}
+            own = fused_linear_divergence(*known, None, labels_N=labels_N, ce_weight=1.0, **sizes)
+            total = total + own.loss if torch.is_grad_enabled() else total
+            told["teacher_ce"] = own.loss.detach()
+        return LossSum(total, told)
 
     return loss

@@ -188,7 +188,7 @@ def estimate(recipe: Any, *, teacher: Shape, student: Shape, rate: Rate) -> tupl
         _teacher(teacher, held),
         _importance(recipe, teacher, student, rate, value, held),
         _surgery(teacher, student),
-        *([_correct(recipe, teacher, rate, held)] if recipe.correct.mode != "off" else []),
+        *([_correct(recipe, teacher, rate, held)] if recipe.correct.before else []),
         *asked,
         _distill(recipe, teacher, student, rate, value, held),
         *([_align(recipe, teacher, student, rate, held)] if recipe.align.stages else []),
@@ -313,24 +313,44 @@ def _cache(recipe: Any, teacher: Shape, rate: Rate, value: int, held: int) -> St
 
 def _own_answers(recipe: Any, teacher: Shape, student: Shape, rate: Rate, held: int) -> Stage:
     """What gkd and minillm sample while they train: each new token reads the student, and the teacher where it has a
-    share, with their KV caches. Answers are taken to be `max_new_tokens` long, and prompts half a context.
+    share, with their KV caches; and what it writes alone to be judged. Answers are taken to be `max_new_tokens` long,
+    and prompts half a context.
     """
     settings, own, context = recipe.distill, recipe.onpolicy, recipe.data.context
-    tokens = settings.tokens * (1 - own.start_share if own.start != "none" else 1)
+    [*_, (tokens, batch, every)] = _phases(recipe)
     answers = round(tokens / context * own.share / own.inner_epochs)
+    judged = (1 + -(-tokens // (batch * context * every))) * settings.judged_prompts
     seen = min(context, context // 2 + settings.max_new_tokens)
-    drawn = [(student, 4)] + ([(teacher, held)] if settings.method == "minillm" and own.teacher_share else [])
-    flops = sum(answers * seen * model.flops_per_token(seen / 2) for model, _ in drawn)
-    caches = sum(own.sample_rows * seen * model.kv_bytes_per_token(value) for model, value in drawn)
-    weights = sum(value * model.parameters for model, value in drawn)
-    read = -(-answers // own.sample_rows) * settings.max_new_tokens * (weights + caches)
+    drawn = [(student, 4, answers + judged)]
+    if settings.method == "minillm" and own.teacher_share:
+        drawn.append((teacher, held, answers))
+    flops = sum(count * seen * model.flops_per_token(seen / 2) for model, _, count in drawn)
+    caches = read = 0
+    for model, value, count in drawn:
+        cache = own.sample_rows * seen * model.kv_bytes_per_token(value)
+        caches += cache
+        read += -(-count // own.sample_rows) * settings.max_new_tokens * (value * model.parameters + cache)
     return Stage(
         "rounds",
         held * teacher.parameters + 16 * student.parameters + caches,
         round(flops),
         _compute_seconds(flops, rate) + read / rate.bytes_per_second,
-        f"{answers:,} answers of the student's own, beside its training",
+        f"{answers:,} answers of the student's own, beside its training, and {judged:,} to judge it by",
     )
+
+
+def _phases(recipe: Any) -> list[tuple[int, int, int]]:
+    """(tokens, rows per step, steps between held-out losses) of what the student learns: a start and its own answers,
+    or one phase.
+    """
+    from .recipe import ON_POLICY
+
+    settings, own = recipe.distill, recipe.onpolicy
+    if settings.method not in ON_POLICY:
+        return [(settings.tokens, settings.batch, settings.eval_every)]
+    begun = int(own.start_share * settings.tokens) if own.start != "none" else 0
+    start = [(begun, settings.batch, settings.eval_every)] if begun else []
+    return [*start, (settings.tokens - begun, own.batch, own.eval_every)]
 
 
 def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int, held: int) -> Stage:
@@ -338,7 +358,8 @@ def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int
     for sft and seqkd, nor where what it said is read from a cache.
 
     Memory: teacher weights as they are held; 16 bytes per student weight (fp32 weight, gradient and
-    the two moments of AdamW) and 2 more for the bf16 copy under autocast; activations of one micro-batch; and
+    the two moments of AdamW) and 2 more for the bf16 copy under autocast, and the same for what is trained of a teacher
+    that is corrected beside it; activations of one micro-batch; and
     the larger of the teacher's forward pass and the fused loss, which holds `chunk_tokens` rows of logits of
     both models and their gradients in fp32 (four tensors of rows x vocab), a gradient of lm_head, and final
     hidden states of both models with the student's gradient. No tensor of tokens x vocab is ever whole.
@@ -350,9 +371,13 @@ def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int
     per_token = distill_flops_per_token(teacher, student, context=context, checkpointing=checkpointing)
     if not beside:
         per_token -= teacher.flops_per_token(context / 2)
-    steps = -(-settings.tokens // (settings.batch * context))
-    checks = 1 + -(-steps // settings.eval_every)
-    heldout = checks * settings.heldout_rows * context
+    elif recipe.correct.beside:  # its forward pass is there already
+        per_token += (_passes(recipe) - 1) * teacher.flops_per_token(context / 2)
+    steps = heldout = 0
+    for tokens, batch, every in _phases(recipe):
+        taken = -(-tokens // (batch * context))
+        steps += taken
+        heldout += (1 + -(-taken // every)) * settings.heldout_rows * context
     both = beside * teacher.flops_per_token(context / 2) + student.flops_per_token(context / 2)
     flops = settings.tokens * per_token + heldout * both
 
@@ -361,13 +386,16 @@ def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int
     loss = 4 * (4 * settings.chunk_tokens * teacher.vocab + student.vocab * student.hidden)
     loss += 4 * micro * (2 * student.hidden + teacher.hidden)
     passing = max(loss, beside * _forward_bytes(teacher, tokens=micro, value=value))
-    frozen = beside * held * teacher.parameters
+    taught = beside * held * teacher.parameters
+    if beside and recipe.correct.beside:
+        taught = _learning_bytes(recipe, teacher, rate, held)
+        kept += activation_bytes(teacher, tokens=micro, precision=rate.precision, checkpointing=checkpointing)
     note = (
         f"{settings.tokens:,} tokens in {steps:,} steps, {per_token:,} FLOPs per token; "
-        f"{f'teacher {size(frozen)}' if beside else 'no teacher'}, student with AdamW {size(states)}, "
+        f"{f'teacher {size(taught)}' if beside else 'no teacher'}, student with AdamW {size(states)}, "
         f"activations {size(kept)}"
     )
-    memory = frozen + states + kept + passing
+    memory = taught + states + kept + passing
     return Stage("distill", memory, flops, _compute_seconds(flops, rate), note)
 
 
@@ -383,11 +411,8 @@ def _correct(recipe: Any, teacher: Shape, rate: Rate, held: int) -> Stage:
     trained = trained_parameters(teacher, settings)
     steps = -(-settings.tokens // (settings.batch * context))
     heldout = (1 + -(-steps // settings.eval_every)) * training.heldout_rows * context
-    passes = (3 if settings.mode == "full" else 2) + bool(training.gradient_checkpointing)
-    flops = (passes * settings.tokens + heldout) * teacher.flops_per_token(context / 2)
-    states = (18 if rate.precision == "bf16" else 16) * trained
-    if settings.mode != "full":
-        states += held * teacher.parameters
+    flops = (_passes(recipe) * settings.tokens + heldout) * teacher.flops_per_token(context / 2)
+    states = _learning_bytes(recipe, teacher, rate, held)
     micro = settings.micro_batch * context
     checkpointing = bool(training.gradient_checkpointing)
     kept = activation_bytes(teacher, tokens=micro, precision=rate.precision, checkpointing=checkpointing)
@@ -396,6 +421,17 @@ def _correct(recipe: Any, teacher: Shape, rate: Rate, held: int) -> Stage:
         loss += 4 * teacher.vocab * teacher.hidden
     note = f"{settings.mode}: {settings.tokens:,} tokens in {steps:,} steps, {trained:,} weights trained"
     return Stage("correct", states + kept + loss, flops, _compute_seconds(flops, rate), note)
+
+
+def _passes(recipe: Any) -> int:
+    """Forward passes' worth of FLOPs that a teacher in training takes for a token."""
+    return (3 if recipe.correct.mode == "full" else 2) + bool(recipe.distill.gradient_checkpointing)
+
+
+def _learning_bytes(recipe: Any, teacher: Shape, rate: Rate, held: int) -> int:
+    """A teacher in training: what is trained with AdamW, beside the weights that stay as they are."""
+    states = (18 if rate.precision == "bf16" else 16) * trained_parameters(teacher, recipe.correct)
+    return states if recipe.correct.mode == "full" else states + held * teacher.parameters
 
 
 def trained_parameters(teacher: Shape, settings: Any) -> int:

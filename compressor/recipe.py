@@ -55,13 +55,17 @@ class Importance(Section):
 
 
 class Correct(Section):
-    """Whether the whole teacher is trained on the data before the student learns from it (arXiv 2408.11796).
+    """Whether the whole teacher is trained on the data that the student learns from (arXiv 2408.11796).
 
-    What both trainings have and this section has not, such as precision, is as in distill.
+    What both trainings have and this section has not, such as precision, is as in distill. Beside the student, a step
+    is one of distill's for both, and of these keys only mode, lr, peak_lr and lora_* have a part.
     """
 
     mode: Correction = Field(
         "off", description="full: every weight; lora: low-rank updates of the layers, merged; norms: their norms alone"
+    )
+    when: Literal["before", "beside"] = Field(
+        "before", description="before the student learns, or beside it, from a teacher that gets better at each step"
     )
     tokens: int = Field(25_000_000, gt=0, description="training budget in tokens")
     batch: int = Field(64, gt=0, description="rows per optimizer step, over all processes")
@@ -74,6 +78,16 @@ class Correct(Section):
     save_every: int = Field(50, gt=0, description="steps between checkpoints to resume from")
     lora_rank: int = Field(16, gt=0, description="rank of each update, for lora")
     lora_alpha: float = Field(32.0, gt=0, description="updates are scaled by lora_alpha / lora_rank")
+
+    @property
+    def before(self) -> bool:
+        """Whether it is a training of its own."""
+        return self.mode != "off" and self.when == "before"
+
+    @property
+    def beside(self) -> bool:
+        """Whether it goes on while the student learns."""
+        return self.mode != "off" and self.when == "beside"
 
     def training(self, distill: "Distill") -> "Distill":
         """All settings of the correction's training: these, and distill's where there are none here."""
@@ -345,6 +359,7 @@ def _numbers(value: Any) -> Any:
 
 ON_POLICY = ("gkd", "minillm")  # methods that learn from the student's own answers
 _TRAINING = ("tokens", "batch", "micro_batch", "lr", "min_lr", "warmup_steps", "eval_every", "save_every")
+BESIDE = ("peak_lr", "lr")  # of a correction, what is derived where it goes on beside the student
 DERIVED = (
     ("data", "context"),
     ("importance", "batch_size"),
@@ -409,6 +424,8 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     if recipe.correct.mode != "off":
         correct = _correction(recipe.correct, teacher, tokens=tokens, batch=batch, context=context)
         correct["micro_batch"] = _micro_batch(_chosen(recipe.correct, "batch", batch), processes, fitting)
+        if recipe.correct.beside:
+            correct = {key: correct[key] for key in BESIDE}
     align = {
         "sft_lr": _chosen(recipe.distill, "min_lr", lr / 10) or lr / 10,
         "dpo_lr": min(1e-4, round(5e-7 * 4096 / student.hidden, 9)),
@@ -467,6 +484,8 @@ def derived(recipe: Recipe) -> dict[str, Any]:
         "align": bool(recipe.align.stages),
     }
     shown = [(section, key) for section, key in DERIVED if wanted.get(section, True)]
+    if recipe.correct.beside:
+        shown = [(section, key) for section, key in shown if section != "correct" or key in BESIDE]
     return {f"{section}.{key}": getattr(getattr(recipe, section), key) for section, key in shown}
 
 

@@ -84,6 +84,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write a file whole with one JSON value per line."""
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; UserError where it is missing or broken."""
     try:

@@ -1,7 +1,7 @@
-"""The teacher: loaded once, frozen, only ever asked for hidden states and logits; corrected before that, if wanted.
+"""The teacher: loaded once, frozen, only ever asked for hidden states and logits; corrected on the data, if wanted.
 
 Correction (Minitron in practice, arXiv 2408.11796) is a short fine-tuning of the whole teacher on the data that the
-student will learn from: a teacher that never saw such data is a poor guide there.
+student learns from, before that or beside it: a teacher that never saw such data is a poor guide there.
 """
 
 from __future__ import annotations
@@ -60,15 +60,10 @@ def correct(
     `out` has the precision and the tokenizer of `teacher`. Where no checkpoint beats the start (`best_folder` is None)
     nothing is written. Every process of a launch calls this, the first one writes. Raises UserError as `train.train`.
     """
-    import torch
-
     from .signals import check_head
     from .train import train
 
-    half = training.precision == "bf16" or (training.precision == "auto" and torch.cuda.is_available())
-    # weights that stay as they are need no more than the precision that they are multiplied in
-    held = torch.bfloat16 if half and settings.mode != "full" else torch.float32
-    model = _to_train(load_model(teacher, dtype=held), settings, seed)
+    model = to_correct(teacher, settings=settings, precision=training.precision, seed=seed)
     check_head(model)
     options = {"batches": batches, "heldout": heldout, "settings": training, "folder": folder, "seed": seed}
     result = train(model, loss=loss, **options, section="correct")
@@ -76,6 +71,16 @@ def correct(
     if RANK == 0 and result.best_folder:
         _write(teacher, result.best_folder, out, settings, seed)
     return result
+
+
+def to_correct(teacher: Path, *, settings: Any, precision: str, seed: int = 0) -> nn.Module:
+    """The teacher of a folder with that left to train, in float32, which the mode of a recipe.Correct trains."""
+    import torch
+
+    half = precision == "bf16" or (precision == "auto" and torch.cuda.is_available())
+    # weights that stay as they are need no more than the precision that they are multiplied in
+    held = torch.bfloat16 if half and settings.mode != "full" else torch.float32
+    return _to_train(load_model(teacher, dtype=held), settings, seed)
 
 
 def _write(teacher: Path, best: Path, out: Path, settings: Any, seed: int) -> None:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from models import save_tiny
+from models import save_tiny, tiny_model
 from safetensors.torch import load_file
 from test_pipeline import read_lines, recipe, same, weights, without, write_texts
 from test_train import Rows, first_rows, settings
@@ -21,10 +21,12 @@ from compressor import recipe as recipes
 from compressor import teacher
 from compressor.checkpoint import Checkpoint
 from compressor.data import collate, targets
-from compressor.distill import distillation_loss
+from compressor.distill import distill, distillation_loss
 from compressor.errors import UserError
+from compressor.losses import HiddenLoss, Pair
 from compressor.recipe import Correct
 from compressor.run import read_json
+from compressor.signals import Online
 
 MODES = ("full", "lora", "norms")
 LR = {"full": 3e-3, "lora": 3e-2, "norms": 3e-2}
@@ -153,6 +155,110 @@ def test_a_tied_head_is_corrected_with_its_embedding(tmp_path):
         result = run(tmp_path, mode)
         assert result.best_folder is not None
         assert "lm_head.weight" not in weights(tmp_path / "corrected")
+
+
+# --- beside the student -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_hidden", [False, True])
+def test_beside_the_student_each_model_has_the_gradient_it_has_alone(with_hidden):
+    student, taught = tiny_model(seed=1), tiny_model(seed=2)
+    batch, wanted = collate(first_rows(4)), settings(temperature=2.0)
+    pairs = ((1, 1), (3, 3))
+    hidden = HiddenLoss([Pair(*pair) for pair in pairs], channels=range(48), teacher_width=48) if with_hidden else None
+    total, parts = distillation_loss(Online(taught, learns=True), settings=wanted, hidden=hidden)(student, batch)
+    total.backward()
+    found = [{name: value.grad for name, value in model.named_parameters()} for model in (student, taught)]
+    for model in (student, taught):
+        model.zero_grad()
+    alone = distillation_loss(Online(taught), settings=wanted, hidden=hidden)(student, batch)
+    own = distillation_loss(None, settings=wanted)(taught, batch)
+    for loss, model, gradients in ((alone, student, found[0]), (own, taught, found[1])):
+        loss.loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
+    assert float(parts["teacher_ce"]) == pytest.approx(own.loss.item())
+    with torch.no_grad():  # what is held out and compared is the student's alone
+        judged = distillation_loss(Online(taught, learns=True), settings=wanted)(student, batch)
+    assert float(judged.loss) == pytest.approx(float(judged.parts["kl"]))
+
+
+def beside(home, mode="full", *, dies_after=None, lr=None, **changes):
+    """Distill the student in `home` beside the correction of its teacher; `dies_after` so many losses it is cut."""
+    training = settings(**({"tokens": 64 * STEPS + 40, "micro_batch": 4, "eval_every": 2} | changes))
+    given = Correct(mode=mode, when="beside", lora_rank=4, lora_alpha=8.0)
+    learner = teacher.to_correct(home / "teacher", settings=given, precision=training.precision, seed=3)
+    signal, calls = Online(learner, learns=True), []
+    plain = signal.__call__
+
+    def counted(batch, counted_BT):
+        calls.append(True)
+        if len(calls) == dies_after:
+            raise KeyboardInterrupt
+        return plain(batch, counted_BT)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Online, "__call__", lambda self, *args: counted(*args))
+        result = distill(
+            home / "student",
+            signal=signal,
+            batches=Rows(),
+            heldout=heldout(),
+            settings=training,
+            folder=home / "checkpoints",
+            seed=3,
+            teacher_lr=LR[mode] if lr is None else lr,
+        )
+    return result, dict(learner.named_parameters())
+
+
+@pytest.fixture(scope="module", params=MODES)
+def both(request, tmp_path_factory):
+    """(mode, result, the teacher's parameters in the end, home) of one whole distillation beside a correction."""
+    home = tmp_path_factory.mktemp(f"beside-{request.param}")
+    save_tiny(home / "teacher")
+    save_tiny(home / "student", seed=5)
+    return request.param, *beside(home, request.param), home
+
+
+def test_beside_the_student_the_teacher_gets_better_and_its_checkpoints_hold_what_is_trained(both):
+    mode, result, _, home = both
+    found = [line["heldout_teacher_ce"] for line in result.history if "heldout_teacher_ce" in line]
+    assert found[-1] < 0.98 * found[0]
+    assert result.best_folder == home / "checkpoints" / f"checkpoint-{result.steps}"
+    heldout_ce = {line["step"]: line["heldout_ce"] for line in result.history if "heldout_ce" in line}
+    state = read_json(result.best_folder / "trainer_state.json")
+    assert (state["best_global_step"], state["best_metric"]) == (result.steps, min(heldout_ce.values()))
+    saved = load_file(result.best_folder / "beside" / "model.safetensors")
+    whole = weights(home / "teacher")
+    assert len(saved) == {"full": len(whole), "lora": 3 * 7 * 2, "norms": 7}[mode]
+    assert weights(result.best_folder).keys() == whole.keys()  # the student's folder has no trace of it
+    if mode != "lora":
+        assert all(not torch.equal(saved[name], whole[name]) for name in saved)
+
+
+def test_a_distillation_beside_a_correction_that_was_cut_ends_in_the_same_bits(both, tmp_path):
+    mode, result, trained, home = both
+    for name in ("teacher", "student"):
+        shutil.copytree(home / name, tmp_path / name)
+    for dies_after in (15, 15):
+        with pytest.raises(KeyboardInterrupt):
+            beside(tmp_path, mode, dies_after=dies_after)
+    again, after = beside(tmp_path, mode)
+    assert again.best_heldout == result.best_heldout
+    assert same(weights(result.best_folder), weights(again.best_folder))
+    assert same(trained, after)
+
+
+def test_the_teachers_learning_rate_is_its_own(both, tmp_path):
+    mode, result, _, home = both
+    for name in ("teacher", "student"):
+        shutil.copytree(home / name, tmp_path / name)
+    still, after = beside(tmp_path, mode, lr=0.0, weight_decay=0.0)
+    before = teacher.to_correct(home / "teacher", settings=Correct(mode=mode, lora_rank=4), precision="fp32", seed=3)
+    assert same(dict(before.named_parameters()), after)
+    assert still.last_heldout < still.first_heldout
+    assert still.last_heldout != result.last_heldout
 
 
 # --- the recipe -------------------------------------------------------------------------------------------------------
@@ -354,3 +460,40 @@ def test_two_launched_processes_correct_as_one(world, finished, tmp_path):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), theirs["step"]
     assert (tmp_path / "run" / "corrected" / "model.safetensors").exists()
     assert json.loads(done.stdout)["correction"]["tokens"] == finished[1]["correction"]["tokens"]
+
+
+# --- a run with a correction beside -----------------------------------------------------------------------------------
+
+
+def wanted_beside(world, mode="norms", **changes):
+    return recipe(world, evaluate={"tokens": 100, "prompts": 1}, **changes) | {
+        "correct": {"mode": mode, "when": "beside", "lr": 3e-2}
+    }
+
+
+def test_a_run_corrects_beside_the_student_and_reports_it(world, tmp_path):
+    lines: list[str] = []
+    report = compressor.distill(wanted_beside(world), out=tmp_path / "run", say=lines.append)
+    assert "correct" not in [line.split()[0] for line in lines]
+    assert not (tmp_path / "run" / "corrected").exists()
+    found = report["correction"]
+    assert (found["mode"], found["when"], found["used"]) == ("norms", "beside", True)
+    assert found["after"] < found["before"]
+    assert found["tokens"] == report["tokens"]["distill"]
+    assert "while it was trained" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("correct", "distill", "message"),
+    [
+        ({}, {"method": "sft"}, r"correct\.when is beside, distill\.method sft .* expected kl and online"),
+        ({}, {"signal": "topk"}, r"distill\.signal topk; expected kl and online"),
+        ({"tokens": 2000}, {}, r"correct\.tokens is 2000, but beside the student distill\.tokens is for both"),
+    ],
+)
+def test_what_cannot_be_corrected_beside_the_student_is_told_first(world, tmp_path, correct, distill, message):
+    values = wanted_beside(world, distill=distill)
+    values["correct"] |= correct
+    with pytest.raises(UserError, match=message):
+        compressor.distill(values, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -113,6 +113,19 @@ def test_what_cannot_be_done_is_told_before_anything_is(world, tmp_path, distill
     assert not (tmp_path / "run" / "scores.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("distill", "onpolicy", "words"),
+    [
+        ({"micro_batch": 4}, {}, "expected at least one of answers and one of data"),
+        ({}, {"answers": 3}, "onpolicy.answers is 3"),
+        ({"max_new_tokens": 48}, {}, "max_new_tokens"),
+    ],
+)
+def test_what_the_numbers_tell_is_told_by_the_plan_too(world, distill, onpolicy, words):  # noqa: F811
+    with pytest.raises(UserError, match=words):
+        compressor.plan(own(world, distill=distill, **onpolicy))
+
+
 def test_choosing_by_writing_works_for_other_methods_too(world, tmp_path):  # noqa: F811
     distilled(own(world, "kl", distill={"select": "rouge_l"}), tmp_path / "run")
     assert any("rouge_l" in line for line in logged(tmp_path / "run"))

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -255,4 +256,37 @@ def test_answers_of_the_students_own_are_planned():
     assert found["minillm"].seconds > found["gkd"].seconds > 0  # it draws from the teacher too
     assert found["minillm"].flops > found["gkd"].flops
     assert found["gkd"].note.startswith(f"{round(1_000_000 / 2 / 512 * 0.5 / 4):,} answers")
-    assert stages(teacher, student, method="gkd")["distill"].flops == stages(teacher, student)["distill"].flops
+    judged = 64 * (1 + math.ceil(1_000_000 / 2 / (128 * 512 * 20)))
+    assert found["gkd"].note.endswith(f"{judged} to judge it by")
+
+
+def test_the_steps_of_both_phases_are_planned():
+    teacher, student = shape_of("llama-3.1-8b"), shape_of("llama-3.1-minitron-4b-width")
+    changes = {"distill": {"method": "gkd", "tokens": 1_000_000, "batch": 2}, "data": {"context": 512}}
+    asked = build({"target": "50%", "onpolicy": {"batch": 8, "start_share": 0.25}} | changes)
+    [found] = [
+        stage
+        for stage in planning.estimate(asked, teacher=teacher, student=student, rate=RATE)
+        if stage.name == "distill"
+    ]
+    steps = math.ceil(250_000 / (2 * 512)) + math.ceil(750_000 / (8 * 512))
+    assert f"in {steps:,} steps" in found.note
+
+
+def test_a_correction_beside_the_student_is_planned_with_it():
+    teacher, student = shape_of("llama-3.1-8b"), shape_of("llama-3.1-minitron-4b-width")
+
+    def found(**correct):
+        asked = build({"target": "50%", "correct": correct})
+        return {stage.name: stage for stage in planning.estimate(asked, teacher=teacher, student=student, rate=RATE)}
+
+    alone, full, norms = found(), found(mode="full", when="beside"), found(mode="norms", when="beside")
+    assert "correct" not in full
+    assert "correct" in found(mode="full")
+    plain = build({"target": "50%"})
+    tokens, forward = plain.distill.tokens, teacher.flops_per_token(plain.data.context / 2)
+    assert full["distill"].flops - alone["distill"].flops == 2 * tokens * forward
+    assert norms["distill"].flops - alone["distill"].flops == tokens * forward
+    states = 16 * teacher.parameters - 4 * teacher.parameters
+    assert full["distill"].memory_bytes - alone["distill"].memory_bytes > states
+    assert 0 < norms["distill"].memory_bytes - alone["distill"].memory_bytes < states

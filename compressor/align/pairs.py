@@ -10,14 +10,13 @@ most, and where it never gets it right the teacher shows how.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..run import build_shards, outcome_counts, write_text
+from ..run import build_shards, outcome_counts, write_json_lines
 from ..runtime import Runtime
 from ..runtime.prompts import ids_of
 
@@ -64,7 +63,7 @@ def build(
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed + 1_000_003 * number}
         pairs, outcomes = _shard(group, models, score, **sampling, temperature=temperature, samples=samples)
         name = f"{number:05d}.jsonl"
-        write_text(folder / DATA / name, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+        write_json_lines(folder / DATA / name, pairs)
         progress(len(group))
         return {"name": name, "prompts": len(group), "outcomes": dict(outcomes)}
 

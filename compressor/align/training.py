@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,9 +32,18 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ..checkpoint import load_model
 from ..errors import UserError
-from ..progress import Advance, progress
+from ..progress import progress
 from ..run import check_about, processes, read_json, write_json, write_text
-from ..train import LastStepIsLogged, WholeCheckpoints, checkpoint_step, json_lines, last_checkpoint, quiet, sweep
+from ..train import (
+    LastStepIsLogged,
+    Progress,
+    WholeCheckpoints,
+    checkpoint_step,
+    json_lines,
+    last_checkpoint,
+    quiet,
+    sweep,
+)
 
 WARMUP_SHARE, EVALUATIONS = 10, 10  # a tenth of the steps; times that the held-out rows are looked at
 INDEX, DATA = "index.json", "data"
@@ -136,7 +144,7 @@ def train(
         common: dict[str, Any] = {
             "model": load_model(student, dtype=torch.float32),
             "processing_class": tokenizer,
-            "callbacks": [LastStepIsLogged(), Lines(metrics), Steps(advance)],
+            "callbacks": [LastStepIsLogged(), Lines(metrics), Progress(advance, lines)],
         }
         arguments = _arguments(stage, settings, steps, folder, precision, gradient_checkpointing, seed)
         arguments["eval_on_start"] = last is None
@@ -249,7 +257,7 @@ def _result(state: TrainerState, folder: Path, student: Path) -> Aligned:
     return Aligned(kept, state.global_step, best, lines(state.log_history))
 
 
-def lines(log_history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+def lines(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """What the Trainer logged, under our names."""
     return [
         {"step": entry["step"]} | {ours: entry[theirs] for theirs, ours in NAMES.items() if theirs in entry}
@@ -268,21 +276,6 @@ class Lines(TrainerCallback):
         """Write what is known."""
         if state.is_world_process_zero:
             write_text(self.path, json_lines(lines(state.log_history)))
-
-
-class Steps(TrainerCallback):
-    """Moves the bar, and says what is known of the losses."""
-
-    def __init__(self, advance: Advance) -> None:
-        self.advance = advance
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move on by a step."""
-        known = {key: value for line in lines(state.log_history[-20:]) for key, value in line.items()}
-        told = [
-            f"{name} {known[name]:.4f}" for name in ("loss", "heldout_loss") if math.isfinite(known.get(name, math.nan))
-        ]
-        self.advance.to(state.global_step, note=", ".join(told))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,9 @@ from typing import Any
 
 GRAM = 4  # Dist-4, and what counts as repeated: shorter runs of tokens recur in good text too
 
+# Good answers repeat a few percent of their 4-grams and a looping one nearly all.
+REPETITION_LIMIT = 0.3
+
 
 def repetition(tokens: Sequence[Any]) -> float:
     """Share of the 4-grams of one text that occurred before in it; 0 where there are none."""

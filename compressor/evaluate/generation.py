@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..data import check_same_tokens, collate, num_ids
-from ..data.repetition import GRAM, grams, repetition
+from ..data.repetition import GRAM, REPETITION_LIMIT, grams, repetition
 from ..errors import UserError
 from ..runtime import Runtime
 from ..runtime.prompts import Prompt, fitting, ids_of, plain_ids
@@ -29,8 +29,6 @@ ROUNDING_NATS = 1e-6  # a position's KL divergence below this is float32's round
 ROWS = 8  # read together
 DRAWS = 100  # held-out records looked at for each prompt wanted
 
-# Good answers repeat a few percent of their 4-grams and a looping one nearly all: beyond this, about every third loops.
-REPETITION_LIMIT = 0.3
 # A student that never learned to stop, or a policy rewarded by length, writes twice as much as it was shown ...
 LENGTH_LIMIT = 2.0
 # ... and one that found short answers to be safe (MiniLLM without its length normalisation) next to nothing.

@@ -149,7 +149,8 @@ def minillm_objective(signal: Online, tricks: Tricks, vocab: int | None, chunk_t
             vocab=vocab,
             chunk_tokens=chunk_tokens,
         )
-        return LossSum(parts.loss, {})
+        names = {"importance_weight": parts.weight, "clipped": parts.clipped}
+        return LossSum(parts.loss, names | ({"single_step": parts.single_step} if tricks.single_step else {}))
 
     return loss
 
@@ -161,6 +162,6 @@ def _by_kind(losses: Losses) -> LossFunction:
         if "weight" not in batch:
             return losses.heldout(student, batch)
         found = (losses.own if "own" in batch else losses.fixed)(student, batch)
-        return LossSum(found.loss * batch["weight"], {})
+        return LossSum(found.loss * batch["weight"], found.parts if "own" in batch else {})
 
     return loss

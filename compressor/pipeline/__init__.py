@@ -20,6 +20,7 @@ from ..errors import CheckFailed, UserError
 from ..run import RANK, Run, processes, read_json, write_text
 from ..shape import Shape
 from . import alignment, learning
+from .checks import check_numbers, check_recipe
 from .finished import bench, evaluate, export, package
 from .job import Job, Say, hush, quiet
 from .stages import STAGES
@@ -27,7 +28,7 @@ from .stages import STAGES
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..plan import Plan
-    from ..recipe import Distill, Recipe
+    from ..recipe import Recipe
 
 __all__ = ["bench", "cache", "distill", "evaluate", "export", "package", "plan"]
 
@@ -40,10 +41,10 @@ def plan(recipe: Recipe | dict[str, Any]) -> Plan:
     from ..plan import plan
 
     recipe = _checked(recipe)
-    _check_exports(recipe)
-    _check_method(recipe.distill)
-    alignment.check_order(recipe.align)
-    return plan(recipe)
+    check_recipe(recipe)
+    found = plan(recipe)
+    check_numbers(found.recipe)
+    return found
 
 
 def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, say: Say = quiet) -> dict[str, Any]:
@@ -54,7 +55,6 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     Under `accelerate launch` or `torchrun` every process calls this: all of them train, the first does the rest and
     has the report, the others return {}.
     """
-    from .. import onpolicy
     from ..train import check
 
     if RANK:
@@ -70,7 +70,6 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
             check(batches=read.batches, heldout=read.heldout, settings=recipe.distill)
             _check_ids(read)
             if recipe.distill.method in recipes.ON_POLICY:
-                onpolicy.check(recipe.distill, recipe.onpolicy)
                 rows = {"batches": job.batches, "heldout": job.heldout}
                 check(**rows, settings=learning.own_phase(job), section="onpolicy")
                 if _wanted("start", recipe):
@@ -115,7 +114,7 @@ def _wanted(stage: str, recipe: Recipe) -> bool:
     """Whether the recipe has the stage."""
     settings = recipe.distill
     if stage == "correct":
-        return recipe.correct.mode != "off"
+        return recipe.correct.before
     if stage == "answers":
         return settings.method == "seqkd"
     if stage == "start":
@@ -159,9 +158,7 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
     hush()
     PartialState()  # a launcher's processes meet at the first call: here, where all of them come by
     recipe = _checked(recipe)
-    _check_exports(recipe)
-    _check_method(recipe.distill)
-    alignment.check_order(recipe.align)
+    check_recipe(recipe)
     # a target that cannot be met is told from the config alone, before gigabytes are fetched
     choose(parse_target(recipe.target), Shape.from_config(teacher_config(recipe.teacher)))
     teacher = Checkpoint(resolve(hub_name(recipe.teacher)))
@@ -170,77 +167,12 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
     positions = teacher.config.get("max_position_embeddings") or recipe.data.context
     sizes = {"teacher": teacher.shape, "student": shape, "max_positions": positions}
     recipe = recipes.resolve(recipe, **sizes, processes=processes())
-    answers = recipe.distill.method in ("seqkd", *recipes.ON_POLICY) or recipe.distill.select == "rouge_l"
-    if answers and recipe.distill.max_new_tokens >= recipe.data.context:
-        raise UserError(
-            f"distill.max_new_tokens is {recipe.distill.max_new_tokens} and data.context {recipe.data.context}; "
-            "expected room for a prompt; lower distill.max_new_tokens"
-        )
+    check_numbers(recipe)
     if recipe.data.source is None:
         say(f"data: {DEFAULT_DATA} (the default; choose another with --data)")
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": DEFAULT_DATA})})
     run = Run(out or Path("runs") / _slug(f"{Path(recipe.teacher).name}-{recipe.target}"))
     return Job(run, recipe, teacher, shape, say)
-
-
-def _check_method(settings: Distill) -> None:
-    """Settings that do not go together, and those that would have no part, are told before anything is computed."""
-    from ..losses import DIVERGENCES
-    from ..recipe import Distill
-
-    kl, labels = settings.method == "kl", settings.method in ("sft", "seqkd")
-    cached, own = kl and settings.signal != "online", settings.method in recipes.ON_POLICY
-    no_part = {
-        "divergence": labels or settings.method == "minillm",
-        "signal": labels,
-        "cache": labels or not cached,
-        "keep": labels or own or (kl and settings.signal in ("online", "hidden")),
-        "mix": labels or settings.method == "minillm" or (kl and DIVERGENCES[settings.divergence].mix is None),
-        "prompts": settings.method in ("kl", "sft"),
-        "sampling_temperature": settings.method != "seqkd",
-    }
-    for key, unused in no_part.items():
-        # by value: a resolved recipe names every key
-        if unused and (value := getattr(settings, key)) != Distill.model_fields[key].default:
-            raise UserError(
-                f"distill.{key} is {value}, but has no part in distill.method {settings.method} with signal "
-                f"{settings.signal} and divergence {settings.divergence}; expected it unset; leave it out"
-            )
-    online = settings.method == "kl" and settings.signal == "online"
-    if own and settings.signal != "online":
-        raise UserError(
-            f"distill.method {settings.method} asks the teacher about answers that nobody knows beforehand and "
-            f"distill.signal is {settings.signal}; expected online; leave --signal out"
-        )
-    if own and settings.select == "loss":
-        raise UserError(
-            f"distill.method {settings.method} lowers its loss even where its answers get worse and distill.select is "
-            "loss; expected rouge_l or auto; leave it out"
-        )
-    if settings.hidden_loss in ("cosine", "mse") and not online:
-        raise UserError(
-            f"distill.hidden_loss {settings.hidden_loss} wants the teacher beside the student; expected method kl and "
-            "signal online; leave hidden_loss out or choose those"
-        )
-    if settings.method == "kl" and settings.signal == "sampled" and settings.divergence != "forward_kl":
-        raise UserError(
-            f"distill.signal sampled is unbiased for forward_kl alone and distill.divergence is {settings.divergence}; "
-            "expected forward_kl; choose another signal or that divergence"
-        )
-
-
-def _check_exports(recipe: Recipe) -> None:
-    """A format or device that is not known is told before anything is computed."""
-    if not recipe.export.formats and recipe.export.device is None:
-        return
-    import export
-
-    for text in recipe.export.formats:
-        export.parse(text)
-    if recipe.export.device is not None:
-        export.known_device(recipe.export.device)
-        if not recipe.export.formats:
-            raise UserError("export.device is set, but nothing is exported; expected --export FORMAT; name one")
 
 
 def _check_ids(job: Job) -> None:

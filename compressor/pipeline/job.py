@@ -92,7 +92,7 @@ class Job:
         """The teacher that the student learns from: the corrected one, where correcting it helped."""
         from ..checkpoint import Checkpoint
 
-        wanted = self.recipe.correct.mode != "off" and self.corrected.is_dir()
+        wanted = self.recipe.correct.before and self.corrected.is_dir()
         return Checkpoint(self.corrected) if wanted else self.teacher
 
     @property

@@ -152,6 +152,15 @@ def teacher_of(job: Job) -> Any:
     return teacher.load(job.taught_by.folder)
 
 
+def _learner(job: Job) -> Any:
+    """The teacher to learn from, which goes on learning."""
+    from .. import teacher
+
+    recipe = job.recipe
+    precision, seed = recipe.distill.precision, recipe.seed
+    return teacher.to_correct(job.teacher.folder, settings=recipe.correct, precision=precision, seed=seed)
+
+
 def _signal(job: Job, settings: Distill) -> Any:
     """What the method knows of the teacher."""
     from ..signals import Cached, Online
@@ -159,7 +168,7 @@ def _signal(job: Job, settings: Distill) -> Any:
     if settings.method in ("sft", "seqkd"):
         return None
     if settings.signal == "online":
-        return Online(teacher_of(job))
+        return Online(_learner(job), learns=True) if job.recipe.correct.beside else Online(teacher_of(job))
     return Cached(job.cache, job.cached_of)
 
 
@@ -231,7 +240,17 @@ def distill_student(job: Job) -> str:
     # the training time of all sessions, where a kill came between
     seconds = {"seconds": round(result.seconds, 2)}
     job.facts = {"status": result.status, "summary": result.describe(), "tokens": result.tokens} | seconds
+    if job.recipe.correct.beside:
+        job.facts["correction"] = _corrected_beside(job, result)
     return result.describe()
+
+
+def _corrected_beside(job: Job, result: TrainResult) -> dict[str, Any]:
+    """What a stage of its own would note: the teacher's held-out loss at the first step and at the last."""
+    found = [line["heldout_teacher_ce"] for line in result.history if "heldout_teacher_ce" in line]
+    settings = job.recipe.correct
+    told = {"mode": settings.mode, "when": settings.when, "used": True, "tokens": result.tokens}
+    return told | {"before": found[0], "after": found[-1]}
 
 
 def _distilled(job: Job, student: Path, settings: Distill, folder: Path, **options: Any) -> TrainResult:
@@ -248,6 +267,7 @@ def _distilled(job: Job, student: Path, settings: Distill, folder: Path, **optio
         seed=job.recipe.seed,
         vocab=job.vocab,
         hidden=_hidden(job, settings, folder),
+        teacher_lr=job.recipe.correct.lr,
         **options,
     )
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..shape import Shape
 
 SCHEMA_VERSION = 1
+CORRECTION = ("mode", "when", "used", "before", "after", "tokens")
 MODELS = ("teacher", "pruned", "student")
 ALIGNED = ("teacher", "pruned", "distilled", "student")  # where alignment followed distillation
 SIZES = ("num_layers", "hidden", "ffn", "num_heads", "num_kv_heads", "head_dim", "vocab")
@@ -84,7 +85,7 @@ def build(
         "align": {key: stages["align"][key] for key in ("sft", "pairs", "dpo") if key in stages.get("align", {})}
         or None,
         "samples": _samples(evaluation),
-        "correction": _correction(stages.get("correct")),
+        "correction": _correction(stages.get("correct") or stages.get("distill", {}).get("correction")),
         "exports": exports or [],
         "versions": facts.get("versions", {}),
         "seeds": facts.get("seeds", {}),
@@ -93,7 +94,7 @@ def build(
 
 
 def _correction(mark: dict[str, Any] | None) -> dict[str, Any] | None:
-    return mark and {key: mark[key] for key in ("mode", "used", "before", "after", "tokens")}
+    return mark and {"when": "before"} | {key: mark[key] for key in CORRECTION if key in mark}
 
 
 def columns(found: dict[str, Any]) -> tuple[str, ...]:
@@ -403,8 +404,9 @@ def correction_line(correction: dict[str, Any]) -> str:
             f"The teacher was trained on the data first ({tokens}), but never had less than {correction['before']:.4f} "
             "nats a held-out token; the student learned from it as it was."
         )
+    when = "while" if correction["when"] == "beside" else "after"
     return (
-        f"The student learned from the teacher after it was trained on the data ({tokens}): cross-entropy on held-out "
+        f"The student learned from the teacher {when} it was trained on the data ({tokens}): cross-entropy on held-out "
         f"data {correction['before']:.4f} -> {correction['after']:.4f} nats a token. The teacher above is as it was."
     )
 

@@ -17,21 +17,24 @@ Signal = Callable[[Batch, Tensor], Teacher]
 
 
 class Online:
-    """Whole distributions, by a forward pass of a frozen teacher. Raises UserError as `check_head`."""
+    """Whole distributions, by a forward pass of the teacher, as it is at that moment.
 
-    def __init__(self, teacher: nn.Module) -> None:
+    learns: the teacher is in training too, so its states keep their graph. Raises UserError as `check_head`.
+    """
+
+    def __init__(self, teacher: nn.Module, *, learns: bool = False) -> None:
         check_head(teacher)
-        self.teacher = teacher
+        self.teacher, self.learns = teacher, learns
 
-    @torch.no_grad()
     def __call__(self, batch: Batch, counted_BT: Tensor) -> Dense:
         """Final hidden states (N, width) of the positions that predict the counted targets, and the head."""
-        return Dense(predicting(self.teacher, batch, counted_BT), head_weight(self.teacher))
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            return Dense(predicting(self.teacher, batch, counted_BT), head_weight(self.teacher))
 
-    @torch.no_grad()
     def observed(self, batch: Batch, counted_BT: Tensor, states: Sequence[int]) -> tuple[Dense, list[Tensor]]:
         """The same, and states inside the teacher, see `observed`."""
-        final_NE, inside = observed(self.teacher, batch, counted_BT, states)
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            final_NE, inside = observed(self.teacher, batch, counted_BT, states)
         return Dense(final_NE, head_weight(self.teacher)), inside
 
 

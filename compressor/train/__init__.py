@@ -6,7 +6,7 @@ Trainer, `whole` how its checkpoints get to disk, `metrics` what is written and 
 """
 
 from .loop import TrainResult, check, mean_length, quiet, train
-from .metrics import json_lines
+from .metrics import Progress, json_lines
 from .trainer import Judge, LastStepIsLogged, LossFunction, LossSum, Objective, Supply, Trainer
 from .whole import WholeCheckpoints, checkpoint_step, last_checkpoint, sweep
 
@@ -16,6 +16,7 @@ __all__ = [
     "LossFunction",
     "LossSum",
     "Objective",
+    "Progress",
     "Supply",
     "TrainResult",
     "Trainer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -74,29 +74,32 @@ def train(
     judge: Judge | None = None,
     row_tokens: float | None = None,
     section: str = "distill",
+    best: str = "loss",
+    rates: Mapping[nn.Module, float] | None = None,
 ) -> TrainResult:
     """Train `model` (what trains is made float32) and return how it went; run again after a kill, it continues.
 
     `batches` yields rows (T,) endlessly, and the same ones from the start each time it is iterated;
     `heldout` holds collated batches. `settings` has the fields of recipe.Distill; its `tokens`
     (non-padding input tokens) set the number of steps. Checkpoints and TensorBoard logs go to `folder`;
-    lines of step, tokens, seconds, loss, lr, grad_norm, tokens_per_second or heldout_loss, heldout_kl,
-    heldout_ce to `metrics` (default folder/metrics.jsonl). The held-out loss is taken before the first
-    step, every `eval_every` steps and at the end; the best checkpoint and the last are kept. On CPU a
-    resumed run ends in the same bits. `beside` holds parameters that the loss trains with the student's and that no
-    student is saved with; `supply` makes batches of the student's own answers; `judge` chooses the best checkpoint
-    instead of the held-out loss, and ends training where the student's writing has run away; `row_tokens` is the mean
-    length of a row where `batches` do not tell it. Where parameters of `model` are frozen, checkpoints hold the others
-    alone. `section` is the recipe's, for errors and the bar.
+    lines of step, tokens, seconds, loss and its parts, lr, grad_norm, tokens_per_second or heldout_loss,
+    heldout_kl, heldout_ce to `metrics` (default folder/metrics.jsonl). The held-out loss is taken before the first
+    step, every `eval_every` steps and at the end; the checkpoint whose held-out figure `best` (loss, kl or ce) is the
+    lowest and the last are kept. On CPU a resumed run ends in the same bits. `beside` holds parameters that the loss
+    trains with the student's and that no student is saved with, `rates` peak learning rates of modules in it that have
+    their own; `supply` makes batches of the student's own answers; `judge` chooses the best checkpoint instead of the
+    held-out figure, and ends training where the student's writing has run away; `row_tokens` is the mean length of a
+    row where `batches` do not tell it. Where parameters of `model` are frozen, checkpoints hold the others alone.
+    `section` is the recipe's, for errors and the bar.
     Raises UserError for settings that do not fit together, empty data and a full disk.
     """
     steps = check(batches=batches, heldout=heldout, settings=settings, section=section, row_tokens=row_tokens)
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = _arguments(settings, steps=steps, folder=folder, seed=seed, best=judge.best if judge else "loss")
+    arguments = _arguments(settings, steps=steps, folder=folder, seed=seed, best=best, judge=judge)
     if arguments.should_save:
         sweep(folder)
     student: Any = model
-    for parameter in model.parameters():
+    for parameter in [*model.parameters(), *(beside.parameters() if beside is not None else ())]:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if settings.gradient_checkpointing:
@@ -108,6 +111,7 @@ def train(
             student,
             loss=loss,
             beside=beside,
+            rates=rates or {},
             arguments=arguments,
             batches=batches,
             heldout=heldout,
@@ -219,7 +223,9 @@ def mean_length(rows: torch.utils.data.IterableDataset) -> float:
     return lengths / seen
 
 
-def _arguments(settings: Any, *, steps: int, folder: Path, seed: int, best: str) -> TrainingArguments:
+def _arguments(
+    settings: Any, *, steps: int, folder: Path, seed: int, best: str, judge: Judge | None
+) -> TrainingArguments:
     """The Trainer's arguments for settings that `check` has passed."""
     every = math.gcd(settings.eval_every, settings.save_every)
     arguments = TrainingArguments(
@@ -242,8 +248,8 @@ def _arguments(settings: Any, *, steps: int, folder: Path, seed: int, best: str)
         eval_strategy="steps",
         eval_steps=settings.eval_every,
         save_steps=settings.save_every,
-        metric_for_best_model=best,
-        greater_is_better=best != "loss",
+        metric_for_best_model=judge.best if judge else best,
+        greater_is_better=judge is not None,
         seed=seed,
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         remove_unused_columns=False,

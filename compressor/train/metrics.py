@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,6 +20,13 @@ NAMES = {
     "eval_loss": "heldout_loss",
     "eval_kl": "heldout_kl",
     "eval_ce": "heldout_ce",
+    "eval_teacher_ce": "heldout_teacher_ce",
+    "kl": "kl",
+    "ce": "ce",
+    "teacher_ce": "teacher_ce",
+    "single_step": "single_step",
+    "importance_weight": "importance_weight",
+    "clipped": "clipped",
     "eval_rouge_l": "rouge_l",
     "eval_repetition": "repetition",
     "eval_length_drift": "length_drift",
@@ -45,14 +52,23 @@ def json_lines(lines: Sequence[Mapping[str, float]]) -> str:
 
 
 class Progress(TrainerCallback):
-    """Moves the bar, and says what is known of speed and losses."""
+    """Moves the bar, and says what is known of speed and losses.
 
-    def __init__(self, advance: Advance) -> None:
-        self.advance = advance
+    lines: what of the Trainer's log to go by, under our names.
+    """
+
+    def __init__(
+        self,
+        advance: Advance,
+        lines: Callable[[Sequence[Mapping[str, Any]]], list[dict[str, float]]] = metric_lines,
+    ) -> None:
+        self.advance, self.lines = advance, lines
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move on by a step."""
-        known = {key: value for line in metric_lines(state.log_history[-20:]) for key, value in line.items()}
+        known = {key: value for line in self.lines(state.log_history[-20:]) for key, value in line.items()}
         parts = [f"{known['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in known else []
-        parts += [f"{name} {known[name]:.4f}" for name in ("loss", "heldout_loss") if name in known]
+        parts += [
+            f"{name} {known[name]:.4f}" for name in ("loss", "heldout_loss") if math.isfinite(known.get(name, math.nan))
+        ]
         self.advance.to(state.global_step, note=", ".join(parts))

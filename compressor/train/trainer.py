@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data import Batch, collate, real_tokens, targets
 from ..errors import UserError
@@ -113,6 +113,7 @@ class Trainer(WholeCheckpoints, transformers.Trainer):
         *,
         loss: LossFunction,
         beside: nn.Module | None,
+        rates: Mapping[nn.Module, float],
         arguments: TrainingArguments,
         batches: torch.utils.data.IterableDataset,
         heldout: Sequence[Batch],
@@ -127,7 +128,7 @@ class Trainer(WholeCheckpoints, transformers.Trainer):
             heldout,
             metrics,
         )
-        self.supply, self.judge = supply, judge
+        self.supply, self.judge, self.rates = supply, judge, rates
         super().__init__(
             self.objective,
             arguments,
@@ -138,6 +139,7 @@ class Trainer(WholeCheckpoints, transformers.Trainer):
         )
         self.remove_callback(transformers.PrinterCallback)
         self._step_loss = torch.zeros((), device=arguments.device)
+        self._parts: dict[str, Tensor] = {}  # since the last log: (sum, targets) of every part of the loss
         self._last_log = self._started = time.perf_counter()
         self._last_tokens, self._seconds_before = 0, 0.0
 
@@ -156,6 +158,9 @@ class Trainer(WholeCheckpoints, transformers.Trainer):
         # DDP averages gradients over ranks where a sum is meant.
         loss = outputs["loss"] * (self.args.world_size / max(1, int(num_items_in_batch)))
         self._step_loss += loss.detach()
+        for name in outputs.keys() - {"loss"}:
+            found = torch.stack([outputs[name].detach().float(), targets(inputs).sum()])
+            self._parts[name] = self._parts.get(name, torch.zeros_like(found)) + found
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(
@@ -183,6 +188,13 @@ class Trainer(WholeCheckpoints, transformers.Trainer):
             raise NotFiniteError(f"loss {loss}, gradient norm {norm} at step {self.state.global_step + 1}")
         return norm
 
+    def _means(self) -> dict[str, float]:
+        """Mean of every part of the loss since the last log, per target of the micro-batches that have it."""
+        names = sorted(self._parts)
+        sums = self._over_ranks([value for name in names for value in self._parts[name].tolist()])
+        self._parts = {}
+        return {name: sums[2 * i] / max(1.0, sums[2 * i + 1]) for i, name in enumerate(names)}
+
     def _over_ranks(self, values: Sequence[float]) -> list[float]:
         """Sums over all ranks."""
         if self.args.world_size == 1:
@@ -191,6 +203,17 @@ class Trainer(WholeCheckpoints, transformers.Trainer):
             torch.tensor(values, dtype=torch.float64, device=self.args.device), reduction="sum"
         )
         return total.tolist()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The usual one, where modules that have their own learning rate are groups of their own."""
+        optimizer = super().create_optimizer(model)
+        for module, lr in self.rates.items():
+            own = {id(parameter) for parameter in module.parameters()}
+            for group in list(optimizer.param_groups):
+                apart = [parameter for parameter in group["params"] if id(parameter) in own]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+                optimizer.add_param_group(group | {"params": apart, "lr": lr})
+        return optimizer
 
     # -- held-out loss, metrics
 
@@ -240,7 +263,7 @@ class Trainer(WholeCheckpoints, transformers.Trainer):
         if "loss" in logs:
             logs["tokens_per_second"] = (tokens - self._last_tokens) / max(now - self._last_log, 1e-9)
             self._last_log, self._last_tokens = now, tokens
-            logs |= self.supply.notes() if self.supply is not None else {}
+            logs |= self._means() | (self.supply.notes() if self.supply is not None else {})
         super().log(logs, start_time)
         if self.is_world_process_zero():
             with self.metrics.open("a", encoding="utf-8") as file:
@@ -273,36 +296,44 @@ class Trainer(WholeCheckpoints, transformers.Trainer):
         """The student alone, as stock transformers would save it; of a partly frozen one, what is trained."""
         if self.args.should_save:
             found = {} if state_dict is None else state_dict  # gathered from shards, under the names of the wrapper
-            mine = {name.removeprefix("student."): found[name] for name in found if name.startswith("student.")}
-            student: Any = self.student
-            if frozen := _frozen(student):  # as they were found: whoever resumes has them
-                trained = {name: value for name, value in (mine or student.state_dict()).items() if name not in frozen}
-                save_file(trained, Path(str(output_dir)) / "model.safetensors")
+            parts = {
+                prefix: {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
+                for prefix in ("student.", "beside.")
+            }
+            folder, student = Path(str(output_dir)), cast(PreTrainedModel, self.student)
+            if all(parameter.requires_grad for parameter in student.parameters()):
+                student.save_pretrained(folder, state_dict=parts["student."] or None)
             else:
-                student.save_pretrained(output_dir, state_dict=mine or None)
+                _save(student, parts["student."], folder)
             if self.objective.beside is not None:
-                beside = {name.removeprefix("beside."): found[name] for name in found if name.startswith("beside.")}
-                folder = Path(str(output_dir)) / BESIDE
-                folder.mkdir(exist_ok=True)
-                save_file(beside or self.objective.beside.state_dict(), folder / "model.safetensors")
+                (folder / BESIDE).mkdir(exist_ok=True)
+                _save(self.objective.beside, parts["beside."], folder / BESIDE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        missing = set(self.student.state_dict()) - _frozen(self.student)
-        for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
-            result = self.student.load_state_dict(load_file(file), strict=False)
-            missing &= set(result.missing_keys)
-            assert not result.unexpected_keys, f"{file} holds {result.unexpected_keys}"
-        # Tied weights are stored once and loaded into the tensor they share.
-        assert missing <= {"lm_head.weight"}, f"{resume_from_checkpoint} lacks {sorted(missing)}"
+        checkpoint = Path(resume_from_checkpoint)
+        _restore(self.student, checkpoint)
         if self.objective.beside is not None:
-            folder = Path(resume_from_checkpoint) / BESIDE
-            self.objective.beside.load_state_dict(load_file(folder / "model.safetensors"))
+            _restore(self.objective.beside, checkpoint / BESIDE)
         if self.supply is not None:
-            step = checkpoint_step(Path(resume_from_checkpoint))
-            self.supply.load(Path(resume_from_checkpoint) / BESIDE, step=step)
+            self.supply.load(checkpoint / BESIDE, step=checkpoint_step(checkpoint))
 
 
-def _frozen(model: nn.Module) -> set[str]:
-    """Names of the parameters that are not trained."""
-    named = model.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in named if not parameter.requires_grad}
+def _trained(model: nn.Module) -> list[str]:
+    """Names of the parameters that are trained; those that are tied once."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _save(model: nn.Module, gathered: dict[str, Tensor], folder: Path) -> None:
+    """What is trained, of the weights as gathered or else as they are: whoever resumes finds the rest as it was."""
+    values = gathered or model.state_dict()
+    save_file({name: values[name] for name in _trained(model)}, folder / "model.safetensors")
+
+
+def _restore(model: nn.Module, folder: Path) -> None:
+    """The weights of all files of the folder."""
+    missing = set(_trained(model))
+    for file in sorted(folder.glob("model*.safetensors")):
+        result = model.load_state_dict(load_file(file), strict=False)
+        missing &= set(result.missing_keys)
+        assert not result.unexpected_keys, f"{file} holds {result.unexpected_keys}"
+    assert not missing, f"{folder} lacks {sorted(missing)}"
