@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .architecture import PUBLISHED, choose, named_config, parse_target
 from .families import tensors
+from .run import processes
 from .shape import Shape
 from .units import duration, size
 
@@ -99,7 +100,8 @@ def plan(recipe: Recipe) -> Plan:
     teacher = Shape.from_config(config)
     student = choose(parse_target(recipe.target), teacher)
     positions = config.get("max_position_embeddings") or recipe.data.context
-    recipe = resolve(recipe, teacher=teacher, student=student, max_positions=positions)
+    sizes = {"teacher": teacher, "student": student, "max_positions": positions}
+    recipe = resolve(recipe, **sizes, processes=processes())
     rate = measure_rate(precision=recipe.distill.precision)
     return Plan(
         source=recipe.teacher,
@@ -389,6 +391,7 @@ def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int
     taught = beside * held * teacher.parameters
     if beside and recipe.correct.beside:
         taught = _learning_bytes(recipe, teacher, rate, held)
+        taught += 4 * teacher.vocab * teacher.hidden * (recipe.correct.mode == "full")  # the gradient of its head
         kept += activation_bytes(teacher, tokens=micro, precision=rate.precision, checkpointing=checkpointing)
     note = (
         f"{settings.tokens:,} tokens in {steps:,} steps, {per_token:,} FLOPs per token; "

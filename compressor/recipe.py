@@ -431,7 +431,7 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
         "dpo_lr": min(1e-4, round(5e-7 * 4096 / student.hidden, 9)),
         "micro_batch": _micro_batch(recipe.align.batch, processes, max(1, fitting // 2)),
     }
-    return recipe.model_copy(
+    recipe = recipe.model_copy(
         update={
             "data": _filled(recipe.data, {"context": context}),
             "importance": _filled(recipe.importance, {"batch_size": fitting}),
@@ -441,6 +441,13 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
             "align": _filled(recipe.align, align if recipe.align.stages else {}),
         }
     )
+    for name in ("distill", "correct") if recipe.correct.before else ("distill",):
+        section = getattr(recipe, name)
+        if section.min_lr > section.lr:
+            raise UserError(
+                f"{name}.min_lr is {section.min_lr}; expected at most {name}.lr, {section.lr}; lower {name}.min_lr"
+            )
+    return recipe
 
 
 def _correction(correct: Correct, teacher: Shape, *, tokens: int, batch: int, context: int) -> dict[str, Any]:

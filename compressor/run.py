@@ -28,6 +28,20 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rows_at_a_time(section: str, batch: int, micro_batch: int, *, shared: str | None = None) -> int:
+    """Rows that all processes take in one pass; UserError where those of a step cannot be dealt out to them.
+
+    section and shared: of the recipe, where batch and micro_batch stand (default: the same).
+    """
+    rows = micro_batch * processes()
+    if batch % rows:
+        raise UserError(
+            f"{section}.batch is {batch} rows, and {processes()} process(es) take {micro_batch} each at a time; "
+            f"expected a multiple of {rows}; change {section}.batch or {shared or section}.micro_batch"
+        )
+    return rows
+
+
 @contextmanager
 def aside(path: Path) -> Iterator["Writer"]:
     """A file opened under another name and renamed to `path` once synced; removed if anything fails.

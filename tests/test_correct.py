@@ -13,7 +13,7 @@ import torch
 from models import save_tiny, tiny_model
 from safetensors.torch import load_file
 from test_pipeline import read_lines, recipe, same, weights, without, write_texts
-from test_train import Rows, first_rows, settings
+from test_train import Rows, become_rank, first_rows, in_two_processes, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compressor
@@ -254,11 +254,65 @@ def test_the_teachers_learning_rate_is_its_own(both, tmp_path):
     mode, result, _, home = both
     for name in ("teacher", "student"):
         shutil.copytree(home / name, tmp_path / name)
-    still, after = beside(tmp_path, mode, lr=0.0, weight_decay=0.0)
+    still, after = beside(tmp_path, mode, lr=0.0, weight_decay=0.0, max_grad_norm=0.01)
     before = teacher.to_correct(home / "teacher", settings=Correct(mode=mode, lora_rank=4), precision="fp32", seed=3)
     assert same(dict(before.named_parameters()), after)
     assert still.last_heldout < still.first_heldout
     assert still.last_heldout != result.last_heldout
+    # and so is the clip: beside a teacher that stands still, the student is as beside one that is not trained
+    alone = distill(
+        home / "student",
+        signal=Online(teacher.load(home / "teacher")),
+        batches=Rows(),
+        heldout=heldout(),
+        settings=settings(tokens=64 * STEPS + 40, micro_batch=4, eval_every=2, weight_decay=0.0, max_grad_norm=0.01),
+        folder=tmp_path / "alone",
+        seed=3,
+    )
+    for name in ("loss", "grad_norm"):
+        found, theirs = (
+            [line["kl" if name == "loss" else name] for line in one.history if "lr" in line] for one in (still, alone)
+        )
+        assert found == pytest.approx(theirs, rel=1e-4), name
+
+
+def rank(index, port, folder, queue):
+    become_rank(index, port)
+    result, after = beside(folder, "lora", tokens=64 * 4 + 40, micro_batch=2)
+    queue.put((index, result.history, {name: value.tolist() for name, value in after.items() if value.requires_grad}))
+
+
+def test_two_processes_correct_beside_the_student_as_one(tmp_path):
+    for name in ("one", "two"):
+        save_tiny(tmp_path / name / "teacher")
+        save_tiny(tmp_path / name / "student", seed=5)
+    result, after = beside(tmp_path / "one", "lora", tokens=64 * 4 + 40, micro_batch=2)
+    reports = in_two_processes(rank, tmp_path / "two")
+    assert reports[0][2] == reports[1][2]
+    for name in ("loss", "kl", "teacher_ce", "grad_norm", "heldout_teacher_ce"):
+        found, ours = ([line[name] for line in history if name in line] for history in (reports[0][1], result.history))
+        assert found == pytest.approx(ours, rel=1e-3), name
+    for name, value in reports[0][2].items():
+        torch.testing.assert_close(torch.tensor(value), after[name].detach(), rtol=0, atol=2e-4, msg=name)
+
+
+def test_gradient_checkpointing_is_the_teachers_too(both, tmp_path):
+    mode, _, _, home = both
+    for name in ("teacher", "student"):
+        shutil.copytree(home / name, tmp_path / name)
+    counts = []
+    to_correct = teacher.to_correct
+
+    def watched(*args, **options):
+        model = to_correct(*args, **options)
+        norm = model.get_decoder().layers[0].input_layernorm
+        norm.register_forward_hook(lambda *_: counts.append(torch.is_grad_enabled()))
+        return model
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(teacher, "to_correct", watched)
+        result, _ = beside(tmp_path, mode, gradient_checkpointing=True, tokens=200)
+    assert sum(counts) == 2 * 2 * result.steps  # two micro-batches, each once more in the backward pass
 
 
 # --- the recipe -------------------------------------------------------------------------------------------------------
@@ -480,7 +534,7 @@ def test_a_run_corrects_beside_the_student_and_reports_it(world, tmp_path):
     assert (found["mode"], found["when"], found["used"]) == ("norms", "beside", True)
     assert found["after"] < found["before"]
     assert found["tokens"] == report["tokens"]["distill"]
-    assert "while it was trained" in (tmp_path / "run" / "report.md").read_text()
+    assert "while the student learned from it" in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

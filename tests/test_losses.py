@@ -435,3 +435,15 @@ def test_the_recipe_knows_every_divergence():
     from compressor.recipe import Distill
 
     assert set(get_args(Distill.model_fields["divergence"].annotation)) == set(DIVERGENCES)
+
+
+def test_where_nothing_is_learned_no_gradient_is_formed(monkeypatch):
+    from compressor.losses import fused
+
+    asked, chunks = [], fused._chunks
+    monkeypatch.setattr(fused, "_chunks", lambda *given: asked.append(given[-2:]) or chunks(*given))
+    hidden, head = torch.randn(4, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    for learning in (True, False):
+        with torch.set_grad_enabled(learning):
+            fused_linear_divergence(hidden, head, Dense(torch.randn(4, 5), torch.randn(9, 5)))
+    assert asked == [(True, True), (False, False)]

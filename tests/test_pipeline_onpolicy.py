@@ -49,6 +49,9 @@ def test_a_student_learns_from_its_own_answers_after_a_start(world, tmp_path, me
     assert judged[0]["step"] == 0
     assert all(0 <= line["rouge_l"] <= 1 and line["length_drift"] > 0 for line in judged)
     assert all(line["answer_length"] > 0 for line in history if "loss" in line)
+    parts = {"minillm": {"single_step", "importance_weight", "clipped", "data_ce"}, "gkd": {"kl", "data_kl", "data_ce"}}
+    assert all(parts[method] < line.keys() for line in history if "loss" in line)
+    assert all(0 <= line.get("clipped", 0) <= 1 and line.get("importance_weight", 1) > 0 for line in history)
     saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert saved["distill"]["divergence"] == ("jsd" if method == "gkd" else "forward_kl")
 

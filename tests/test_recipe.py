@@ -162,3 +162,12 @@ def test_a_context_beyond_the_teachers_positions_is_refused():
     recipe = recipes.build({"target": "50%", "data": {"context": 1024}})
     with pytest.raises(UserError, match=r"data\.context is 1024, but the teacher knows 512 positions"):
         recipes.resolve(recipe, teacher=shape, student=shape, max_positions=512)
+
+
+def test_a_rate_does_not_end_above_its_peak():
+    with pytest.raises(UserError, match=r"distill\.min_lr is 1\.0; expected at most distill\.lr"):
+        resolved({"distill": {"min_lr": 1.0}})
+    with pytest.raises(UserError, match=r"correct\.min_lr is 1\.0; expected at most correct\.lr"):
+        resolved({"correct": {"mode": "full", "min_lr": 1.0}})
+    beside = {"mode": "full", "when": "beside", "lr": 1e-6}  # whose rate ends as distill's does
+    assert resolved({"correct": beside}).correct.lr == 1e-6

@@ -135,7 +135,47 @@ def test_first_step_is_the_mean_over_its_targets(tmp_path):
     loss.backward()
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
     assert values(result.history, "loss").item() == pytest.approx(loss.item(), rel=1e-5)
+    assert values(result.history, "ce").item() == pytest.approx(loss.item(), rel=1e-5)
     assert values(result.history, "grad_norm").item() == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_parts_of_the_loss_are_means_since_the_last_log_over_the_rows_that_have_them(tmp_path):
+    seen = []
+
+    def loss(model, batch):
+        found, count = cross_entropy(model, batch).loss, targets(batch).sum()
+        if not torch.is_grad_enabled():
+            return LossSum(found, {})
+        seen.append(True)
+        step, first = divmod(len(seen) - 1, 2)
+        return LossSum(found, {"ce": count * step} | ({"clipped": count * 0.25} if first else {}))
+
+    result, _ = run(tmp_path, loss=loss, micro_batch=4)
+    logged = [line for line in result.history if "lr" in line]
+    assert {line["clipped"] for line in logged} == {0.25}
+    for earlier, line in zip([{"step": 0}, *logged], logged, strict=False):
+        assert earlier["step"] <= line["ce"] <= line["step"] - 1, line  # steps are numbered from 0 here
+        assert (earlier["step"] < line["ce"]) == (line["step"] - earlier["step"] > 1), line
+
+
+def test_the_checkpoint_and_the_verdict_go_by_the_figure_that_is_asked_for(tmp_path):
+    """A loss that rises where the cross-entropy falls, as a divergence to a teacher that moves may."""
+    calls = []
+
+    def loss(model, batch):
+        found = cross_entropy(model, batch)
+        calls.extend([] if torch.is_grad_enabled() else [True])
+        return LossSum(found.loss if torch.is_grad_enabled() else found.loss + 1e4 * len(calls), found.parts)
+
+    common = {"loss": loss, "batches": Rows(), "heldout": [collate(first_rows(3, seed=9))], "settings": settings()}
+    by_loss = train(tiny_model(), folder=tmp_path / "loss", **common)
+    by_ce = train(tiny_model(), folder=tmp_path / "ce", best="ce", **common)
+    assert (by_loss.status, by_loss.best_folder) == ("worse", None)
+    assert by_ce.status == "ok"
+    assert by_ce.best_folder == tmp_path / "ce" / f"checkpoint-{by_ce.steps}"
+    found = values(by_ce.history, "heldout_ce")[[0, -1]].tolist()
+    assert [by_ce.first_heldout, by_ce.last_heldout] == pytest.approx(found)
+    assert "held-out cross-entropy" in by_ce.describe()
 
 
 def test_heldout_loss_is_exact_over_unequal_batches(whole):
@@ -301,7 +341,6 @@ def test_targets_leave_out_masked_labels_and_first_tokens():
     [
         ({"micro_batch": 3}, "multiple of 3"),
         ({"warmup_steps": 100}, "warm-up"),
-        ({"min_lr": 1.0}, "distill.min_lr"),
         ({"tokens": 5}, "at least one step"),
     ],
 )

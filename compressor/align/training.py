@@ -31,9 +31,8 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..checkpoint import load_model
-from ..errors import UserError
 from ..progress import progress
-from ..run import check_about, processes, read_json, write_json, write_text
+from ..run import check_about, processes, read_json, rows_at_a_time, write_json, write_text
 from ..train import (
     LastStepIsLogged,
     Progress,
@@ -166,13 +165,7 @@ def train(
 
 def check(settings: Any, *, rows: int, epochs: int) -> int:
     """Optimizer steps for so many rows. Raises UserError where a batch cannot be dealt out."""
-    each = settings.micro_batch * processes()
-    if settings.batch % each:
-        raise UserError(
-            f"align.batch is {settings.batch}, and {processes()} process(es) take "
-            f"{settings.micro_batch} each at a time; expected a multiple of {each}; change align.batch or "
-            "align.micro_batch"
-        )
+    rows_at_a_time("align", settings.batch, settings.micro_batch)
     return epochs * -(-rows // settings.batch)
 
 

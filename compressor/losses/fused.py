@@ -145,7 +145,8 @@ def fused_linear_divergence(
         teacher = teacher.sampled()
     device = student_ND.device.type
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    options = _Options(row, mix or 0.0, float(temperature), float(ce_weight), vocab, chunk_tokens, product)
+    numbers = (mix or 0.0, float(temperature), float(ce_weight), vocab, chunk_tokens)
+    options = _Options(row, *numbers, product, torch.is_grad_enabled())
     loss, kl, ce = _FusedLinearDivergence.apply(student_ND, student_head_VD, teacher, labels_N, weights_N, options)
     return LossParts(loss, kl, None if labels_N is None else ce)
 
@@ -158,6 +159,7 @@ class _Options(NamedTuple):
     vocab: int
     chunk_tokens: int
     product: torch.dtype | None  # precision of the matrix products; None: that of each model's own tensors
+    learning: bool  # needs_input_grad is True under no_grad too
 
 
 class _FusedLinearDivergence(torch.autograd.Function):
@@ -173,7 +175,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
         weights_N: Tensor | None,
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        need_hidden, need_head = ctx.needs_input_grad[:2]
+        need_hidden, need_head = (options.learning and needed for needed in ctx.needs_input_grad[:2])
         # Autocast is already resolved in options.product; inside, it would round the float32 steps as well.
         autocast_off = (
             torch.autocast(student_ND.device.type, enabled=False) if options.product else contextlib.nullcontext()
@@ -219,7 +221,7 @@ def _chunks(
     need_head: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor | None]:
     """The loop over chunks: (loss, kl, ce) sums and the gradients of the student's hidden states and head."""
-    _, _, tau, ce_weight, vocab, chunk_tokens, product = options
+    _, _, tau, ce_weight, vocab, chunk_tokens, product, _ = options
     num_rows = len(student_ND)
     wide = torch.promote_types(torch.promote_types(student_ND.dtype, student_head_VD.dtype), torch.float32)
     student_dtype = product or student_head_VD.dtype

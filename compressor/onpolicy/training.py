@@ -13,7 +13,7 @@ from torch import nn
 from ..checkpoint import load_model
 from ..data import Batch, targets
 from ..errors import UserError
-from ..run import processes
+from ..run import rows_at_a_time
 from ..runtime import stop_ids
 from ..signals import Online, check_head, head_weight, predicting
 from ..train import Judge, LossFunction, LossSum, TrainResult, mean_length, train
@@ -110,12 +110,7 @@ def check(settings: Any, options: Any) -> tuple[int, int]:
 
     Raises UserError where the share or the rounds cannot be kept.
     """
-    rows = settings.micro_batch * processes()
-    if options.batch % rows:
-        raise UserError(
-            f"onpolicy.batch is {options.batch} rows, and the processes take {rows} at a time; expected a multiple; "
-            "change onpolicy.batch or distill.micro_batch"
-        )
+    rows = rows_at_a_time("onpolicy", options.batch, settings.micro_batch, shared="distill")
     of = options.batch // rows
     own = round(options.share * of)
     if not own or (own == of and options.share < 1):
@@ -162,6 +157,7 @@ def _by_kind(losses: Losses) -> LossFunction:
         if "weight" not in batch:
             return losses.heldout(student, batch)
         found = (losses.own if "own" in batch else losses.fixed)(student, batch)
-        return LossSum(found.loss * batch["weight"], found.parts if "own" in batch else {})
+        prefix = "" if "own" in batch else "data_"
+        return LossSum(found.loss * batch["weight"], {prefix + name: part for name, part in found.parts.items()})
 
     return loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import UserError
 from ..recipe import ON_POLICY, Correct, Distill, Recipe
+from ..run import rows_at_a_time
 from .alignment import check_order
 
 
@@ -17,9 +18,12 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_numbers(recipe: Recipe) -> None:
     """Raise UserError for numbers that do not fit together, once all of them are known (`recipe.resolve`)."""
-    from .. import onpolicy
-
-    settings = recipe.distill
+    settings, correct, align = recipe.distill, recipe.correct, recipe.align
+    rows_at_a_time("distill", settings.batch, settings.micro_batch)
+    if correct.before:
+        rows_at_a_time("correct", correct.batch, correct.micro_batch)
+    if align.stages:
+        rows_at_a_time("align", align.batch, align.micro_batch)
     answers = settings.method in ("seqkd", *ON_POLICY) or settings.select == "rouge_l"
     if answers and settings.max_new_tokens >= recipe.data.context:
         raise UserError(
@@ -27,6 +31,8 @@ def check_numbers(recipe: Recipe) -> None:
             "expected room for a prompt; lower distill.max_new_tokens"
         )
     if settings.method in ON_POLICY:
+        from .. import onpolicy  # takes seconds to import
+
         onpolicy.check(settings, recipe.onpolicy)
 
 

@@ -110,7 +110,10 @@ def answers(job: Job) -> str:
 
 
 def cache(job: Job) -> str:
-    """Ask the teacher once for all that the student will learn from, and measure what is lost by keeping part of it."""
+    """Ask the teacher once for all that the student will learn from, and measure what is lost by keeping part of it.
+
+    That takes the pruned model, which is there in a run, and the teacher, where it was asked just now.
+    """
     from itertools import chain, islice
 
     import torch
@@ -129,10 +132,16 @@ def cache(job: Job) -> str:
     sizes = {"keep": settings.keep, "vocab": job.vocab, "width": job.teacher.shape.hidden, "value": value}
     each = bytes_per_target(job.cached_of["kind"], **sizes)
     expected = each * (rows + len(held)) * int(targets(collate(first)).sum()) // len(first)
+    asked: list[Any] = []
+
+    def loaded() -> Any:
+        asked.append(teacher_of(job))
+        return asked[0]
+
     with progress("cache", total=rows + len(held), unit="rows") as advance:
         index = build(
             job.cache,
-            lambda: teacher_of(job),
+            loaded,
             chain(held, islice(job.batches, rows)),
             about=job.cached_of,
             batch_size=settings.micro_batch,
@@ -142,7 +151,30 @@ def cache(job: Job) -> str:
     count = sum(shard["targets"] for shard in index["shards"])
     nbytes = sum(shard["bytes"] for shard in index["shards"])
     job.facts = {"folder": str(job.cache), "tokens": count, "bytes": nbytes, "bytes_per_token": nbytes / count}
-    return f"{count:,} tokens in {job.cache}, {nbytes / count:.0f} bytes a token"
+    told = f"{count:,} tokens in {job.cache}, {nbytes / count:.0f} bytes a token"
+    if not asked or not job.run.pruned.is_dir():
+        return told
+    job.facts["gap"] = _gap(job, asked[0])
+    return f"{told}; the pruned model's held-out loss is {job.facts['gap']:+.3%} off the teacher's own"
+
+
+def _gap(job: Job, teacher: Any) -> float:
+    """By which share the pruned model's held-out loss from the cache is off the one beside the teacher."""
+    import torch
+
+    from ..checkpoint import load_model
+    from ..distill import distillation_loss
+    from ..signals import Cached, Online
+
+    settings = job.recipe.distill.model_copy(update={"ce_weight": 0.0})
+    student = load_model(job.run.pruned, dtype=torch.float32, device=teacher.device)
+    sums = []
+    for signal in (Online(teacher), Cached(job.cache, job.cached_of)):
+        loss = distillation_loss(signal, settings=settings, vocab=job.vocab)
+        with torch.no_grad():
+            batches = ({name: value.to(teacher.device) for name, value in batch.items()} for batch in job.heldout)
+            sums.append(sum(loss(student, batch).loss.item() for batch in batches))
+    return sums[1] / sums[0] - 1
 
 
 def teacher_of(job: Job) -> Any:
@@ -172,22 +204,17 @@ def _signal(job: Job, settings: Distill) -> Any:
     return Cached(job.cache, job.cached_of)
 
 
-def _hidden(job: Job, settings: Distill, folder: Path) -> Any:
+def _hidden(job: Job, settings: Distill) -> Any:
     """The loss on hidden states, where the recipe or a large cut in depth asks for it."""
     from ..losses import HiddenLoss, paper_pairs
     from ..scores import Scores
     from ..surgery import select
-    from ..train import last_checkpoint
-    from ..train.trainer import BESIDE
 
     teacher, student = job.teacher.shape, job.shape
-    last = last_checkpoint(folder)
     measure = settings.hidden_loss
     if measure == "auto":
         deep = student.num_layers <= teacher.num_layers * (1 - DEEP_CUT)
         measure = "cosine" if deep and settings.method == "kl" and settings.signal == "online" else "off"
-        if last is not None and not (last / BESIDE).is_dir():
-            measure = "off"  # begun before there was such a loss: it goes on as it began
     if measure == "off":
         return None
     pairs = paper_pairs(student.num_layers, teacher.num_layers)
@@ -240,16 +267,17 @@ def distill_student(job: Job) -> str:
     # the training time of all sessions, where a kill came between
     seconds = {"seconds": round(result.seconds, 2)}
     job.facts = {"status": result.status, "summary": result.describe(), "tokens": result.tokens} | seconds
-    if job.recipe.correct.beside:
-        job.facts["correction"] = _corrected_beside(job, result)
-    return result.describe()
+    if not job.recipe.correct.beside:
+        return result.describe()
+    found = job.facts["correction"] = _corrected_beside(job, result)
+    return f"{result.describe()}; teacher's held-out loss {found['before']:.4f} -> {found['after']:.4f}"
 
 
 def _corrected_beside(job: Job, result: TrainResult) -> dict[str, Any]:
     """What a stage of its own would note: the teacher's held-out loss at the first step and at the last."""
     found = [line["heldout_teacher_ce"] for line in result.history if "heldout_teacher_ce" in line]
     settings = job.recipe.correct
-    told = {"mode": settings.mode, "when": settings.when, "used": True, "tokens": result.tokens}
+    told = {"mode": settings.mode, "when": settings.when, "used": found[-1] < found[0], "tokens": result.tokens}
     return told | {"before": found[0], "after": found[-1]}
 
 
@@ -266,7 +294,7 @@ def _distilled(job: Job, student: Path, settings: Distill, folder: Path, **optio
         folder=folder,
         seed=job.recipe.seed,
         vocab=job.vocab,
-        hidden=_hidden(job, settings, folder),
+        hidden=_hidden(job, settings),
         teacher_lr=job.recipe.correct.lr,
         **options,
     )

@@ -29,7 +29,8 @@ def write(folder: Path | str, *, status: str = "done") -> dict[str, Any]:
     """Write report.json, report.md and report.html into a run folder and return the report.
 
     Reads evaluation.json {teacher, pruned, student}, shape.json {teacher, student, kept?}, run.json {stages}
-    and, where there is one, metrics.jsonl. status: "done", or what went wrong: "worse" or "not_finite".
+    and, where there is one, metrics.jsonl. status: "done", or what went wrong: "worse", "not_finite"
+    or "collapsed".
     Raises UserError when one of the first three is missing or broken.
     """
     from .page import render_html
@@ -399,15 +400,21 @@ def generation_rows(found: dict[str, Any]) -> list[list[str]]:
 def correction_line(correction: dict[str, Any]) -> str:
     """What correcting the teacher did, in a sentence or two."""
     tokens = f"{correction['mode']}, {correction['tokens']:,} tokens"
+    change = f"cross-entropy on held-out data {correction['before']:.4f} -> {correction['after']:.4f} nats a token"
+    if correction["when"] == "beside":
+        worse = "" if correction["used"] else ", which is no better"
+        return (
+            f"The teacher was trained on the data while the student learned from it ({tokens}): {change}{worse}. The "
+            "teacher above is as it was."
+        )
     if not correction["used"]:
         return (
             f"The teacher was trained on the data first ({tokens}), but never had less than {correction['before']:.4f} "
             "nats a held-out token; the student learned from it as it was."
         )
-    when = "while" if correction["when"] == "beside" else "after"
     return (
-        f"The student learned from the teacher {when} it was trained on the data ({tokens}): cross-entropy on held-out "
-        f"data {correction['before']:.4f} -> {correction['after']:.4f} nats a token. The teacher above is as it was."
+        f"The student learned from the teacher after it was trained on the data ({tokens}): {change}. The teacher "
+        "above is as it was."
     )
 
 

@@ -23,9 +23,12 @@ MODEL_COLOURS = {"teacher": TEACHER, "pruned": PRUNED, "student": STUDENT}
 
 
 def loss_plot(metrics: list[dict[str, Any]]) -> str | None:
-    """Training and held-out loss against tokens, in nats per token; None where nothing was logged."""
+    """Training and held-out loss against tokens, in nats per token; None where nothing was logged.
+
+    Of training the divergence alone where there is one: its loss may hold more, such as that of hidden states.
+    """
     curves = [
-        ("loss", "training", STUDENT, "-"),
+        ("kl", "training KL", STUDENT, "-") if any("kl" in m for m in metrics) else ("loss", "training", STUDENT, "-"),
         ("heldout_kl", "held-out KL", PRUNED, "-"),
         ("heldout_ce", "held-out cross-entropy", TEACHER, "--"),
     ]
@@ -35,7 +38,7 @@ def loss_plot(metrics: list[dict[str, Any]]) -> str | None:
         points = [(m["tokens"], m[key]) for m in metrics if m.get(key) is not None and "tokens" in m]
         if points:
             drawn += 1
-            marker = "o" if len(points) < 40 and key != "loss" else None
+            marker = "o" if len(points) < 40 and key.startswith("heldout") else None
             axes.plot(
                 *zip(*points, strict=True),
                 style,

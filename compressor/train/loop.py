@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 from ..data import Batch, real_tokens, targets
 from ..errors import UserError
 from ..progress import progress
-from ..run import processes
+from ..run import processes, rows_at_a_time
 from .metrics import Progress, metric_lines
 from .trainer import Judge, LossFunction, NotFiniteError, Supply, Trainer
 from .whole import checkpoint_step, last_checkpoint, sweep
@@ -28,7 +28,7 @@ from .whole import checkpoint_step, last_checkpoint, sweep
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training went. Losses are per target; `best_folder` is None when no checkpoint beats the start."""
+    """How training went. Held-out figures are per target; `best_folder` is None when no checkpoint beats the start."""
 
     status: str  # "ok", "worse" (see `_result`), "not_finite" or "collapsed" (its writing has run away)
     first_heldout: float
@@ -39,23 +39,25 @@ class TrainResult:
     tokens: int  # non-padding input tokens the student was trained on
     seconds: float  # of all sessions
     history: list[dict[str, float]]  # the lines of metrics.jsonl
-    chosen_by: str | None = None  # the figure of Judge that chose, instead of the held-out loss
+    figure: str = "loss"  # which held-out figure the three are
+    chosen_by: str | None = None  # the figure of Judge that chose, instead of the held-out one
     collapse: str | None = None  # in words
-    section: str = "distill"  # of the recipe, where its learning rate stands
+    rates: str = "distill.lr"  # of the recipe, that a lower value may help
 
     def describe(self) -> str:
         """One line for a summary or an error."""
-        kept = f"kept {self.best_folder} (held-out loss {self.best_heldout:.4f})"
+        name = {"loss": "loss", "ce": "cross-entropy"}.get(self.figure, self.figure)
+        kept = f"kept {self.best_folder} (held-out {name} {self.best_heldout:.4f})"
         if self.status == "not_finite":
-            return f"loss not finite after {self.steps} steps; expected a finite one; {kept}; lower {self.section}.lr"
-        change = f"held-out loss {self.first_heldout:.4f} -> {self.last_heldout:.4f} in {self.steps} steps"
+            return f"loss not finite after {self.steps} steps; expected a finite one; {kept}; lower {self.rates}"
+        change = f"held-out {name} {self.first_heldout:.4f} -> {self.last_heldout:.4f} in {self.steps} steps"
         if self.chosen_by is not None:
             found = [line[self.chosen_by] for line in self.history if self.chosen_by in line]
             change += f", {self.chosen_by} {found[0]:.4f} -> {found[-1]:.4f} (best {max(found):.4f})"
         if self.status == "collapsed":
-            return f"{change}: its writing has run away ({self.collapse}); {kept}; lower {self.section}.lr"
+            return f"{change}: its writing has run away ({self.collapse}); {kept}; lower {self.rates}"
         if self.status == "worse":
-            return f"{change}: worse than before distillation; {kept}; lower {self.section}.lr or raise distill.tokens"
+            return f"{change}: worse than before distillation; {kept}; lower {self.rates} or raise distill.tokens"
         return f"{change}; {kept}"
 
 
@@ -98,17 +100,19 @@ def train(
     arguments = _arguments(settings, steps=steps, folder=folder, seed=seed, best=best, judge=judge)
     if arguments.should_save:
         sweep(folder)
-    student: Any = model
     for parameter in [*model.parameters(), *(beside.parameters() if beside is not None else ())]:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    learning: list[Any] = [model, *(rates or {})]
     if settings.gradient_checkpointing:
-        student.activation_checkpointing_enable({"use_reentrant": False})
+        for each in learning:
+            each.activation_checkpointing_enable({"use_reentrant": False})
+    told = {"best": best, "judge": judge, "rates": f"{section}.lr" + " or correct.lr" * bool(rates)}
     board, last = TensorBoardCallback(), last_checkpoint(folder)
     board.logging_dir = str(folder / "tensorboard")
     with quiet(), progress(section, total=steps, unit="steps") as advance:
         trainer = Trainer(
-            student,
+            model,
             loss=loss,
             beside=beside,
             rates=rates or {},
@@ -124,7 +128,7 @@ def train(
             state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
             ended = judge is not None and judge.stopped(metric_lines(state.log_history)) is not None
             if ended or checkpoint_step(last) >= steps:
-                return _result("ok", state, folder, judge, section)
+                return _result("ok", state, folder, **told)
         trainer.args.eval_on_start = last is None
         status = "ok"
         try:
@@ -134,13 +138,15 @@ def train(
         finally:
             if board.tb_writer is not None:
                 board.tb_writer.close()
-        return _result(status, trainer.state, folder, judge, section)
+        return _result(status, trainer.state, folder, **told)
 
 
-def _result(status: str, state: TrainerState, folder: Path, judge: Judge | None, section: str) -> TrainResult:
-    """Worse: the held-out loss ended above where it began; with a judge, no checkpoint was better than the start."""
-    history = metric_lines(state.log_history)
-    losses = {int(line["step"]): line["heldout_loss"] for line in history if "heldout_loss" in line}
+def _result(
+    status: str, state: TrainerState, folder: Path, *, best: str, judge: Judge | None, rates: str
+) -> TrainResult:
+    """Worse: the held-out figure ended above where it began; with a judge, no checkpoint was better than the start."""
+    history, key = metric_lines(state.log_history), f"heldout_{best}"
+    losses = {int(line["step"]): line[key] for line in history if key in line}
     first, *_, last = [*losses.values(), *losses.values()]
     best_step = state.best_global_step or 0
     collapse = judge.stopped(history) if judge else None
@@ -159,7 +165,8 @@ def _result(status: str, state: TrainerState, folder: Path, judge: Judge | None,
         history=history,
         chosen_by=judge.best if judge else None,
         collapse=collapse,
-        section=section,
+        figure=best,
+        rates=rates,
     )
 
 
@@ -184,18 +191,7 @@ def check(
             f"there are {len(heldout)} held-out batches for {world} processes; expected one each; "
             f"raise distill.heldout_rows or lower {shared}.micro_batch"
         )
-    if settings.min_lr > settings.lr:
-        raise UserError(
-            f"{section}.min_lr is {settings.min_lr}; expected at most {section}.lr, {settings.lr}; "
-            f"lower {section}.min_lr"
-        )
-    per_step = settings.micro_batch * world
-    if settings.batch % per_step:
-        raise UserError(
-            f"{section}.batch is {settings.batch} rows, and {world} process(es) take "
-            f"{settings.micro_batch} each at a time; expected a multiple of {per_step}; "
-            f"change {section}.batch or {shared}.micro_batch"
-        )
+    rows_at_a_time(section, settings.batch, settings.micro_batch, shared=shared)
     row_tokens = row_tokens or mean_length(batches)
     steps = int(round(settings.tokens / (row_tokens * settings.batch), 6))
     if not steps:

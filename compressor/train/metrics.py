@@ -24,6 +24,8 @@ NAMES = {
     "kl": "kl",
     "ce": "ce",
     "teacher_ce": "teacher_ce",
+    "data_kl": "data_kl",
+    "data_ce": "data_ce",
     "single_step": "single_step",
     "importance_weight": "importance_weight",
     "clipped": "clipped",

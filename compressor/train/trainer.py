@@ -86,7 +86,7 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self.beside = beside  # what the loss trains with the student and the student is not saved with
-        self.loss = loss  # a plain function: a teacher it holds stays outside of parameters and checkpoints
+        self.loss = loss  # a plain function: what it holds and is not beside has no part in parameters and checkpoints
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The sums of the loss function in one dict, which every wrapper can carry."""
@@ -214,6 +214,19 @@ class Trainer(WholeCheckpoints, transformers.Trainer):
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
                 optimizer.add_param_group(group | {"params": apart, "lr": lr})
         return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """A module with its own learning rate is clipped by itself; what is returned and logged is the student's norm.
+
+        Where one of the others is not finite, it is returned instead.
+        """
+        if not self.rates:
+            return super()._clip_grad_norm(model)
+        clip, most = self.accelerator.clip_grad_norm_, self.args.max_grad_norm
+        norms = [clip(list(module.parameters()), most) for module in self.rates]
+        apart = {id(parameter) for module in self.rates for parameter in module.parameters()}
+        norms.append(clip([parameter for parameter in model.parameters() if id(parameter) not in apart], most))
+        return next((norm for norm in norms if norm is not None and not math.isfinite(norm)), norms[-1])
 
     # -- held-out loss, metrics
 
