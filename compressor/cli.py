@@ -41,7 +41,7 @@ RecipeFile = Annotated[
 ]
 Correct = Annotated[
     str | None,
-    typer.Option(metavar="MODE", help="Train the teacher on the data first: full, lora or norms. [default: off]"),
+    typer.Option(metavar="MODE", help="Train the teacher on the data too: full, lora or norms. [default: off]"),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -107,7 +107,8 @@ def distill(
     method: Annotated[
         str | None,
         typer.Option(
-            help="kl (the teacher's distributions), sft (data), seqkd (the teacher's answers), gkd, minillm (its own)."
+            help="kl (the teacher's distributions), sft (data), seqkd (the teacher's answers), gkd or minillm (the "
+            "student's own)."
         ),
     ] = None,
     signal: Annotated[
