@@ -378,6 +378,7 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
     tokens: half a token per parameter of the student, as Minitron's short retraining (1.8B tokens for 4B), a million
     at least. batch: so that there are 400 steps, also theirs, between 8 and 768 rows, an equal share for each of the
     processes. lr: 1e-4 at hidden 4096, inversely proportional to the hidden size (arXiv 2203.03466), 2e-3 at most.
+    max_new_tokens of every section: half a context at most, so that a prompt has room.
     onpolicy: a step holds `batch` answers and as many rows of data, a round the answers of four steps, read four times,
     as MiniLLM's (256 of 64); GKD reads them once, and its divergence is the JSD. A correction: see `_correction`.
     Alignment: SFT goes on at the rate that distillation ended with, since a higher one undoes part of it; DPO's follows
@@ -399,6 +400,7 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
         "tokens": tokens,
         "batch": batch,
         "micro_batch": _micro_batch(batch, processes, fitting),
+        "max_new_tokens": min(recipe.distill.max_new_tokens, context // 2),
         "lr": lr,
         "min_lr": lr / 10,
         "warmup_steps": min(40, steps // 10),
@@ -430,6 +432,7 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
         "sft_lr": _chosen(recipe.distill, "min_lr", lr / 10) or lr / 10,
         "dpo_lr": min(1e-4, round(5e-7 * 4096 / student.hidden, 9)),
         "micro_batch": _micro_batch(recipe.align.batch, processes, max(1, fitting // 2)),
+        "max_new_tokens": min(recipe.align.max_new_tokens, context // 2),
     }
     recipe = recipe.model_copy(
         update={
@@ -439,6 +442,7 @@ def resolve(recipe: Recipe, *, teacher: Shape, student: Shape, max_positions: in
             "distill": _filled(recipe.distill, distill),
             "onpolicy": _filled(recipe.onpolicy, onpolicy if recipe.distill.method in ON_POLICY else {}),
             "align": _filled(recipe.align, align if recipe.align.stages else {}),
+            "evaluate": _filled(recipe.evaluate, {"max_new_tokens": min(recipe.evaluate.max_new_tokens, context // 2)}),
         }
     )
     for name in ("distill", "correct") if recipe.correct.before else ("distill",):

@@ -171,3 +171,10 @@ def test_a_rate_does_not_end_above_its_peak():
         resolved({"correct": {"mode": "full", "min_lr": 1.0}})
     beside = {"mode": "full", "when": "beside", "lr": 1e-6}  # whose rate ends as distill's does
     assert resolved({"correct": beside}).correct.lr == 1e-6
+
+
+def test_answers_leave_room_for_a_prompt():
+    short = resolved({"data": {"context": 100}, "align": {"stages": ["dpo"]}, "evaluate": {"max_new_tokens": 90}})
+    assert (short.distill.max_new_tokens, short.align.max_new_tokens, short.evaluate.max_new_tokens) == (50, 50, 90)
+    assert resolved({}).distill.max_new_tokens == 256
+    assert resolved({}).evaluate.max_new_tokens == 128
