@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from models import save_tiny, tiny_tokenizer
 from safetensors.torch import load_file
+from test_cli import call
 
 import compressor
 from compressor import align, data
@@ -319,7 +320,7 @@ def test_a_kill_in_a_step_and_one_in_a_checkpoint_end_in_the_same_bits(stage, ca
 
         monkeypatch.setattr(holder, name, wrapped)
 
-    dying("on_step_end", training.Steps, 4)
+    dying("on_step_end", training.Progress, 4)
     with pytest.raises(KeyboardInterrupt):
         trained(stage, start, tmp_path)
     monkeypatch.undo()
@@ -419,6 +420,7 @@ def test_the_aligned_student_is_a_stock_folder_with_the_distilled_ones_configs(f
     assert not same(finished / "student", finished / "distilled")
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_part_of_alignment_ends_in_the_same_bits(finished, tmp_path):
     out = tmp_path / "killed"
     recipe = tmp_path / "recipe.json"
@@ -486,14 +488,12 @@ def test_two_launched_processes_align_together(tmp_path):
         ("ppo", "`align.stages.0` is 'ppo'"),
     ],
 )
-def test_stages_out_of_order_twice_or_unknown_are_one_line(words, says, tmp_path):
-    arguments = ["distill", "--teacher", "demo", "--target", "50%", "--align", words, "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, "-m", "compressor.cli", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_stages_out_of_order_twice_or_unknown_are_one_line(words, says, tmp_path, capsys):
+    asked = ["distill", "--teacher", "demo", "--target", "50%", "--align", words, "--out", str(tmp_path / "run")]
+    code, _, errors = call(capsys, *asked)
+    assert code == 2
+    assert says in errors
+    assert len(errors.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -468,7 +468,7 @@ def test_settings_that_cannot_be_trained_with_are_told_by_their_own_names(world,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("mode", [*MODES][:2] + [pytest.param(mode, marks=pytest.mark.slow) for mode in [*MODES][2:]])
+@pytest.mark.parametrize("mode", ["full", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])])
 def test_killed_for_good_in_the_middle_it_ends_in_the_same_bits(world, tmp_path, mode):
     """A process that is killed while it corrects, and another one that goes on."""
     values = wanted(world, mode)

@@ -166,7 +166,7 @@ def test_a_window_of_attention_is_not_lost_in_onnx(tmp_path, monkeypatch):
         export.export(student, export.parse("onnx-int4"), tmp_path / "b")
 
 
-@pytest.mark.parametrize("web", [False, True])
+@pytest.mark.parametrize("web", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gptq_rounds_what_is_traced_too(traced, tmp_path, web):
     student, _, settings = traced
     settings = replace(settings, algorithm="gptq", web=web)

@@ -643,7 +643,7 @@ def test_a_student_learns_the_teachers_own_answers(world, tmp_path):
         ({"cache": "said"}, r"distill\.cache is said, but has no part"),
         ({"signal": "hidden", "keep": 5}, r"distill\.keep is 5, but has no part"),
         ({"prompts": 5}, r"distill\.prompts is 5, but has no part"),
-        ({"method": "seqkd"}, r"max_new_tokens is 256 and data\.context 48; expected room for a prompt"),
+        ({"method": "seqkd", "max_new_tokens": 48}, r"max_new_tokens is 48 and data\.context 48; expected room for a"),
         ({"method": "seqkd", "max_new_tokens": 8, "micro_batch": 3}, r"distill\.batch is 4 rows"),
     ],
 )
