@@ -394,7 +394,7 @@ def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int
         taught += 4 * teacher.vocab * teacher.hidden * (recipe.correct.mode == "full")  # the gradient of its head
         kept += activation_bytes(teacher, tokens=micro, precision=rate.precision, checkpointing=checkpointing)
     note = (
-        f"{settings.tokens:,} tokens in {steps:,} steps, {per_token:,} FLOPs per token; "
+        f"{settings.tokens:,} tokens in at least {steps:,} steps, {per_token:,} FLOPs per token; "
         f"{f'teacher {size(taught)}' if beside else 'no teacher'}, student with AdamW {size(states)}, "
         f"activations {size(kept)}"
     )

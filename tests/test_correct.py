@@ -542,6 +542,7 @@ def test_a_run_corrects_beside_the_student_and_reports_it(world, tmp_path):
     [
         ({}, {"method": "sft"}, r"correct\.when is beside, distill\.method sft .* expected kl and online"),
         ({}, {"signal": "topk"}, r"distill\.signal topk; expected kl and online"),
+        ({"mode": "off"}, {}, r"correct\.when is beside, but the teacher is not corrected; .* give --correct full"),
         ({"tokens": 2000}, {}, r"correct\.tokens is 2000, but beside the student distill\.tokens is for both"),
     ],
 )

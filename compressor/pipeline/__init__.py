@@ -55,11 +55,11 @@ def distill(recipe: Recipe | dict[str, Any], *, out: Path | str | None = None, s
     Under `accelerate launch` or `torchrun` every process calls this: all of them train, the first does the rest and
     has the report, the others return {}.
     """
-    from ..train import check
-
     if RANK:
         say = quiet
     job = _job(recipe, out, say)
+    from ..train import check  # takes seconds: after what can be told without it
+
     recipe, run = job.recipe, job.run
     if RANK:
         return _assist(job)
@@ -149,6 +149,8 @@ def cache(recipe: Recipe | dict[str, Any], *, out: Path | str, say: Say = quiet)
 
 def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> Job:
     """The recipe, whole, with the teacher's checkpoint. UserError for what cannot be done."""
+    recipe = _checked(recipe)
+    check_recipe(recipe)
     from accelerate import PartialState
 
     from ..checkpoint import Checkpoint, resolve
@@ -157,8 +159,6 @@ def _job(recipe: Recipe | dict[str, Any], out: Path | str | None, say: Say) -> J
 
     hush()
     PartialState()  # a launcher's processes meet at the first call: here, where all of them come by
-    recipe = _checked(recipe)
-    check_recipe(recipe)
     # a target that cannot be met is told from the config alone, before gigabytes are fetched
     choose(parse_target(recipe.target), Shape.from_config(teacher_config(recipe.teacher)))
     teacher = Checkpoint(resolve(hub_name(recipe.teacher)))

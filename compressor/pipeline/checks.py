@@ -51,6 +51,11 @@ def _check_method(settings: Distill) -> None:
         "prompts": settings.method in ("kl", "sft"),
         "sampling_temperature": settings.method != "seqkd",
     }
+    if settings.cache and kl and not cached:
+        raise UserError(
+            f"distill.cache is {settings.cache} and distill.signal online, which reads none; expected the signal that "
+            "the cache was made with; give --signal topk, sampled or hidden"
+        )
     for key, unused in no_part.items():
         # by value: a resolved recipe names every key
         if unused and (value := getattr(settings, key)) != Distill.model_fields[key].default:
@@ -84,6 +89,11 @@ def _check_method(settings: Distill) -> None:
 def _check_correction(recipe: Recipe) -> None:
     """Beside the student there is one training: the teacher has to be there, and settings of a second have no part."""
     settings, correct = recipe.distill, recipe.correct
+    if correct.mode == "off" and (changed := [key for key in Correct.model_fields if _is_set(correct, key)]):
+        raise UserError(
+            f"correct.{changed[0]} is {getattr(correct, changed[0])}, but the teacher is not corrected; expected it "
+            "unset; give --correct full, lora or norms, or leave it out"
+        )
     if not correct.beside:
         return
     if settings.method != "kl" or settings.signal != "online":
@@ -92,11 +102,16 @@ def _check_correction(recipe: Recipe) -> None:
             "kl and online, where the teacher is there at every step; choose those or correct.when before"
         )
     for key in ("tokens", "batch", "micro_batch", "min_lr", "warmup_steps", "eval_every", "save_every"):
-        if getattr(correct, key) != Correct.model_fields[key].default:
+        if _is_set(correct, key):
             raise UserError(
                 f"correct.{key} is {getattr(correct, key)}, but beside the student distill.{key} is for both; expected "
                 "it unset; leave it out"
             )
+
+
+def _is_set(section: Correct, key: str) -> bool:
+    """By value: a resolved recipe names every key."""
+    return getattr(section, key) != type(section).model_fields[key].default
 
 
 def _check_exports(recipe: Recipe) -> None:
