@@ -44,7 +44,8 @@ def distill(
     `batches`, `heldout`, `metrics`, `judge` and `settings` (a recipe.Distill) are as in `train.train`; `vocab` is
     the number of real ids (default: the smaller of the two heads), so that padded ids take no part; `hidden` adds the
     loss on hidden states, which wants the teacher itself as signal; `teacher_lr` is the peak learning rate of a teacher
-    that learns, whose checkpoints are then chosen by cross-entropy: a divergence to what moves does not compare them.
+    that learns (default: the student's); checkpoints are then chosen by cross-entropy, as a divergence to what moves
+    does not compare them.
     Continues by itself after a kill. Checkpoints are float32 and carry no tokenizer. Raises UserError for
     input that cannot be distilled; a student that comes out worse is no error here but the status of the
     result, and `best_folder` is then the folder that came in.
@@ -52,12 +53,13 @@ def distill(
     student = load_model(student_folder, dtype=torch.float32)
     check_head(student)
     learner = signal.teacher if isinstance(signal, Online) and signal.learns else None
+    rates = {} if learner is None else {learner: settings.lr if teacher_lr is None else teacher_lr}
     beside = [module for module in (hidden, learner) if module is not None]
     result = train(
         student,
         loss=distillation_loss(signal, settings=settings, vocab=vocab, hidden=hidden),
         beside=nn.ModuleList(beside) if len(beside) > 1 else beside[0] if beside else None,
-        rates={learner: teacher_lr} if learner is not None and teacher_lr is not None else {},
+        rates=rates,
         best="ce" if learner is not None else "loss",
         batches=batches,
         heldout=heldout,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .architecture import PUBLISHED, choose, named_config, parse_target
 from .families import tensors
@@ -319,9 +319,9 @@ def _own_answers(recipe: Any, teacher: Shape, student: Shape, rate: Rate, held: 
     and prompts half a context.
     """
     settings, own, context = recipe.distill, recipe.onpolicy, recipe.data.context
-    [*_, (tokens, batch, every)] = _phases(recipe)
-    answers = round(tokens / context * own.share / own.inner_epochs)
-    judged = (1 + -(-tokens // (batch * context * every))) * settings.judged_prompts
+    phase = _phases(recipe)[-1]
+    answers = round(phase.tokens / context * own.share / own.inner_epochs)
+    judged = phase.checks * settings.judged_prompts
     seen = min(context, context // 2 + settings.max_new_tokens)
     drawn = [(student, 4, answers + judged)]
     if settings.method == "minillm" and own.teacher_share:
@@ -341,18 +341,29 @@ def _own_answers(recipe: Any, teacher: Shape, student: Shape, rate: Rate, held: 
     )
 
 
-def _phases(recipe: Any) -> list[tuple[int, int, int]]:
-    """(tokens, rows per step, steps between held-out losses) of what the student learns: a start and its own answers,
-    or one phase.
-    """
+class Phase(NamedTuple):
+    """One training: its tokens, its steps if every row is a whole context, and how often it is judged."""
+
+    tokens: int
+    steps: int
+    checks: int
+
+
+def _phase(tokens: int, section: Any, context: int) -> Phase:
+    steps = -(-tokens // (section.batch * context))
+    return Phase(tokens, steps, 1 + -(-steps // section.eval_every))
+
+
+def _phases(recipe: Any) -> list[Phase]:
+    """What the student learns by: a start and its own answers, or one phase."""
     from .recipe import ON_POLICY
 
-    settings, own = recipe.distill, recipe.onpolicy
+    settings, own, context = recipe.distill, recipe.onpolicy, recipe.data.context
     if settings.method not in ON_POLICY:
-        return [(settings.tokens, settings.batch, settings.eval_every)]
+        return [_phase(settings.tokens, settings, context)]
     begun = int(own.start_share * settings.tokens) if own.start != "none" else 0
-    start = [(begun, settings.batch, settings.eval_every)] if begun else []
-    return [*start, (settings.tokens - begun, own.batch, own.eval_every)]
+    start = [_phase(begun, settings, context)] if begun else []
+    return [*start, _phase(settings.tokens - begun, own, context)]
 
 
 def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int, held: int) -> Stage:
@@ -375,11 +386,9 @@ def _distill(recipe: Any, teacher: Shape, student: Shape, rate: Rate, value: int
         per_token -= teacher.flops_per_token(context / 2)
     elif recipe.correct.beside:  # its forward pass is there already
         per_token += (_passes(recipe) - 1) * teacher.flops_per_token(context / 2)
-    steps = heldout = 0
-    for tokens, batch, every in _phases(recipe):
-        taken = -(-tokens // (batch * context))
-        steps += taken
-        heldout += (1 + -(-taken // every)) * settings.heldout_rows * context
+    phases = _phases(recipe)
+    steps = sum(phase.steps for phase in phases)
+    heldout = sum(phase.checks for phase in phases) * settings.heldout_rows * context
     both = beside * teacher.flops_per_token(context / 2) + student.flops_per_token(context / 2)
     flops = settings.tokens * per_token + heldout * both
 
@@ -412,8 +421,8 @@ def _correct(recipe: Any, teacher: Shape, rate: Rate, held: int) -> Stage:
     settings, context = recipe.correct, recipe.data.context
     training = settings.training(recipe.distill)
     trained = trained_parameters(teacher, settings)
-    steps = -(-settings.tokens // (settings.batch * context))
-    heldout = (1 + -(-steps // settings.eval_every)) * training.heldout_rows * context
+    phase = _phase(settings.tokens, settings, context)
+    heldout = phase.checks * training.heldout_rows * context
     flops = (_passes(recipe) * settings.tokens + heldout) * teacher.flops_per_token(context / 2)
     states = _learning_bytes(recipe, teacher, rate, held)
     micro = settings.micro_batch * context
@@ -422,7 +431,7 @@ def _correct(recipe: Any, teacher: Shape, rate: Rate, held: int) -> Stage:
     loss = 4 * (4 * training.chunk_tokens * teacher.vocab + 2 * micro * teacher.hidden)
     if settings.mode == "full":
         loss += 4 * teacher.vocab * teacher.hidden
-    note = f"{settings.mode}: {settings.tokens:,} tokens in {steps:,} steps, {trained:,} weights trained"
+    note = f"{settings.mode}: {settings.tokens:,} tokens in {phase.steps:,} steps, {trained:,} weights trained"
     return Stage("correct", states + kept + loss, flops, _compute_seconds(flops, rate), note)
 
 

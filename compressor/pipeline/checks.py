@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import UserError
-from ..recipe import ON_POLICY, Correct, Distill, Recipe
+from ..recipe import ON_POLICY, Correct, Distill, Recipe, Section
 from ..run import rows_at_a_time
 from .alignment import check_order
 
@@ -57,11 +57,10 @@ def _check_method(settings: Distill) -> None:
             "the cache was made with; give --signal topk, sampled or hidden"
         )
     for key, unused in no_part.items():
-        # by value: a resolved recipe names every key
-        if unused and (value := getattr(settings, key)) != Distill.model_fields[key].default:
+        if unused and _is_set(settings, key):
             raise UserError(
-                f"distill.{key} is {value}, but has no part in distill.method {settings.method} with signal "
-                f"{settings.signal} and divergence {settings.divergence}; expected it unset; leave it out"
+                f"distill.{key} is {getattr(settings, key)}, but has no part in distill.method {settings.method} "
+                f"with signal {settings.signal} and divergence {settings.divergence}; expected it unset; leave it out"
             )
     online = settings.method == "kl" and settings.signal == "online"
     if own and settings.signal != "online":
@@ -109,7 +108,7 @@ def _check_correction(recipe: Recipe) -> None:
             )
 
 
-def _is_set(section: Correct, key: str) -> bool:
+def _is_set(section: Section, key: str) -> bool:
     """By value: a resolved recipe names every key."""
     return getattr(section, key) != type(section).model_fields[key].default
 
